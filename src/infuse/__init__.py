@@ -1,0 +1,21 @@
+"""Infuse: parameter-efficient fine-tuning beyond LoRA, under one core."""
+
+from infuse.arch import Arch as Arch
+from infuse.arch import Part as Part
+from infuse.arch import Stack as Stack
+from infuse.errors import InfuseError as InfuseError
+from infuse.method import Method as Method
+from infuse.method import make as make
+from infuse.method import registry as registry
+from infuse.method import register as register
+from infuse.methods.ia3 import IA3 as IA3
+from infuse.methods.lora import LoRA as LoRA
+from infuse.model import activate as activate
+from infuse.model import attach as attach
+from infuse.model import detach as detach
+from infuse.model import merge as merge
+from infuse.model import route as route
+from infuse.model import summary as summary
+from infuse.model import unmerge as unmerge
+
+__version__ = "0.1.0"

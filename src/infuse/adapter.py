@@ -1,0 +1,111 @@
+"""Deltas and adapters: the modules that hold everything Infuse trains."""
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from infuse.errors import InfuseError, listed
+from infuse.method import Method, Params
+from infuse.sites import Site
+
+
+class Delta(nn.Module):
+    """What a method puts at one site: its parameters, and the method whose functions read them."""
+
+    def __init__(self, method: Method, params: Mapping[str, Tensor]):
+        super().__init__()
+        self.method = method
+        self.names = tuple(params)
+        for name, value in params.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.names}
+
+
+class Adapter(nn.Module):
+    """A named set of deltas (and a head) that are trained together: what is saved, loaded and shared.
+
+    Attributes:
+        method: the settings under which the deltas were made.
+        sites: site name → site.
+        deltas: a :class:`Delta` per site.
+        shared: parameters common to all deltas.
+        copies: trained copies of modules of the base (a classification head of the model, say), by their path; they
+            stand in for the originals, which stay as they are.
+        head: pooling and classifier of this adapter, if it has one (see :mod:`infuse.heads`).
+        info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
+    """
+
+    def __init__(
+        self, name: str, method: Method, sites: Iterable[Site], deltas: Mapping[str, Delta], shared: Mapping[str, Tensor]
+    ):
+        super().__init__()
+        self.name = name
+        self.method = method
+        self.sites = {site.name: site for site in sites}
+        self.deltas = nn.ModuleDict({key(site): delta for site, delta in deltas.items()})
+        self.shared = nn.ParameterDict(dict(shared))
+        self.copies = nn.ModuleDict()
+        self.head: nn.Module | None = None
+        self.info: dict = {}
+
+    def delta(self, site: Site) -> Delta | None:
+        return self.deltas[key(site.name)] if key(site.name) in self.deltas else None  # type: ignore[return-value]
+
+    def params(self, site: Site) -> Params:
+        """Own and shared parameters of the delta at ``site``."""
+        delta = self.delta(site)
+        if delta is None:
+            raise KeyError(site.name)
+        return {**dict(self.shared.items()), **delta.params}
+
+    def copy_of(self, path: str) -> nn.Module | None:
+        return self.copies[key(path)] if key(path) in self.copies else None
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, {self.method}"
+
+
+def build(name: str, method: Method, sites: list[Site]) -> Adapter:
+    """A fresh adapter of ``method`` at ``sites``, on the devices of their modules, in float32."""
+    for site in sites:
+        method.check(site)
+    device = next(iter(sites)).weight.device if sites else torch.device("cpu")
+    deltas = {s.name: Delta(method, _on(method.init(s), s.weight.device)) for s in sites}
+    return Adapter(name, method, sites, deltas, _on(method.shared(sites), device))
+
+
+def copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """Path → trainable copy of a module of the base."""
+    made = {}
+    for path in paths:
+        try:
+            module = copy.deepcopy(model.get_submodule(path))
+        except AttributeError:
+            names = [n for n, _ in model.named_children() if n != "infuse"]
+            raise InfuseError(f"The model has no module {path!r} to train a copy of; it has {listed(names)}.") from None
+        module.requires_grad_(True)
+        made[key(path)] = module.float()
+    return made
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """Paths of the children that a transformers classification model puts on top of its transformer."""
+    if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+        return []
+    body = getattr(model, "base_model", None)
+    children = [(n, m) for n, m in model.named_children() if n != "infuse" and m is not body]
+    return [n for n, m in children if any(True for _ in m.parameters())]
+
+
+def key(name: str) -> str:
+    """A dotted name as a key of ``ModuleDict``, which allows no dots."""
+    return name.replace(".", "/")
+
+
+def _on(params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in params.items()}

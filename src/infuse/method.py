@@ -1,0 +1,154 @@
+"""The contract of a method, and the registry of methods.
+
+A method is a frozen dataclass: its fields are its settings, and its functions are pure. For one adapter at one site it
+says which parameters there are, what the activation becomes, and (if it can) what the base weight becomes on merging.
+Everything else (dtype, device, freezing, routing of mixed batches, files, training) is written once, elsewhere.
+"""
+
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+from torch import Tensor
+
+from infuse.errors import InfuseError, listed
+from infuse.sites import Site
+
+Params = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Abstract base of all methods; a concrete one is a frozen dataclass under :func:`register`.
+
+    ``forward`` and ``prepare`` receive, by the names of their arguments, only what they ask for:
+
+    - ``h``: the activation at the site, (..., width); what ``forward`` returns takes its place.
+    - ``x``: the input of the site's module, (..., in_features).
+    - ``weight``, ``bias``: the frozen weight (out, in) and bias (out,) behind the activation.
+    - ``training``: whether the model trains (for dropout).
+    """
+
+    name: ClassVar[str]
+    """Key in the registry, in files and on the command line."""
+    learning_rate: ClassVar[float]
+    """Learning rate that training uses unless told otherwise."""
+    sides: ClassVar[tuple[Literal["input", "output"], ...]] = ("output",)
+    """The sides of a module at which the method is defined."""
+    mergeable: ClassVar[bool] = False
+    """Whether :meth:`merge` folds the delta into the base weight."""
+
+    roles: tuple[str, ...]
+    """The roles that are adapted."""
+
+    @abstractmethod
+    def init(self, site: Site) -> dict[str, Tensor]:
+        """Fresh parameters of one delta at ``site``, in float32, drawn from torch's global generator."""
+
+    @abstractmethod
+    def forward(self, p: Params, **given: Any) -> Tensor:
+        """The new activation, (..., width), for one adapter with parameters ``p``."""
+
+    def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Fresh parameters that all deltas of one adapter share; they reach ``forward`` in ``p`` too."""
+        return {}
+
+    def prepare(self, p: Params, **given: Any) -> Params:
+        """What depends on the parameters alone: computed once per adapter and call, not once per row."""
+        return p
+
+    def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
+        """The (weight, bias) that give the adapted activation without the delta; only if ``mergeable``."""
+        raise InfuseError(f"{type(self).__name__} depends on its input in a way that no weight holds: it can't be merged.")
+
+    def check(self, site: Site) -> None:
+        """Raise :class:`InfuseError` if the method is not defined at ``site``."""
+        if site.side not in self.sides:
+            hint = "use ffn_output or ffn_up" if site.side == "input" else "use ffn_hidden"
+            raise InfuseError(f"{type(self).__name__} is not defined at {site.role}, an {site.side}: {hint}.")
+
+
+M = TypeVar("M", bound=type[Method])
+METHODS: dict[str, type[Method]] = {}
+
+
+def register(cls: M) -> M:
+    """Class decorator that enters a method into the registry under its ``name``."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+def registry() -> dict[str, type[Method]]:
+    """Name → class of every method."""
+    import infuse.methods  # noqa: F401  # fills the registry; at the top it would be a cycle
+
+    return METHODS
+
+
+def make(spec: "Method | str | Mapping[str, Any]") -> Method:
+    """A method from ``"lora"``, ``"lora:rank=4,roles=query+value"`` or ``{"name": "lora", "rank": 4}``.
+
+    Raises:
+        InfuseError: unknown method or setting, or a value of the wrong type.
+    """
+    if isinstance(spec, Method):
+        return spec
+    if isinstance(spec, str):
+        name, _, rest = spec.partition(":")
+        settings = dict(_setting(item) for item in rest.split(",") if item)
+    else:
+        settings = dict(spec)
+        name = str(settings.pop("name", ""))
+    key = re.sub(r"[^a-z0-9]", "", name.lower())
+    cls = next((c for n, c in registry().items() if re.sub(r"[^a-z0-9]", "", n) == key), None)
+    if cls is None:
+        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(registry())}.")
+    known = {f.name: f for f in fields(cls)}
+    for setting, value in settings.items():
+        if setting not in known:
+            raise InfuseError(f"{cls.__name__} has no setting {setting!r}; it has {listed(known)}.")
+        settings[setting] = _coerce(cls, known[setting], value)
+    return cls(**settings)
+
+
+def settings(method: Method) -> dict[str, Any]:
+    """The inverse of :func:`make`: ``{"name": ..., **fields}``, ready for JSON and YAML."""
+    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(method).items()}}
+
+
+def spelled(method: Method) -> str:
+    """The shortest string that :func:`make` turns into ``method``: only settings off their default."""
+    changed = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
+    items = [f"{k}={'+'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items()]
+    return method.name + (":" + ",".join(items) if items else "")
+
+
+@cache
+def wants(function: Any) -> frozenset[str]:
+    """Names of the keyword arguments that a method's ``forward`` or ``prepare`` asks for."""
+    names = list(inspect.signature(function).parameters.values())[2:]
+    return frozenset(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
+
+
+def _setting(item: str) -> tuple[str, Any]:
+    name, equals, value = item.partition("=")
+    if not equals:
+        raise InfuseError(f"{item!r} is not a setting: write name=value, e.g. rank=4.")
+    return name.strip(), yaml.safe_load(value)
+
+
+def _coerce(cls: type, field: Any, value: Any) -> Any:
+    default = field.default if field.default is not MISSING else None
+    if isinstance(default, tuple):
+        items = value.split("+") if isinstance(value, str) else value
+        return tuple(items) if isinstance(items, Sequence) else (items,)
+    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if default is not None and type(value) is not type(default):
+        raise InfuseError(f"{cls.__name__}'s {field.name} is a {type(default).__name__}, not {value!r}.")
+    return value

@@ -1,0 +1,364 @@
+"""The core: attach · detach · activate · route · merge · unmerge · summary. The only code that touches a model.
+
+Everything that Infuse adds hangs under one child module, ``model.infuse``. The base model's modules, parameter names and
+values stay as they are; adapters act through forward hooks.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infuse.adapter import Adapter, build, classification_head, copies, key
+from infuse.arch import Arch
+from infuse.errors import InfuseError, listed
+from infuse.method import Method, make
+from infuse.routing import Mixed, Route, current, route_of, use
+from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
+from infuse.taps import PerAdapter, Tap, carry_routes
+
+
+class Infused(nn.Module):
+    """The child module ``model.infuse``: all adapters of one model, its sites, and what is active or merged."""
+
+    def __init__(self, model: nn.Module, arch: Arch):
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.arch = arch
+        self.sites = find_sites(model, arch)
+        self.base = Base.of(model, arch)
+        self.active: str | None = None
+        self.merged: str | None = None
+        self.originals: list[tuple[nn.Parameter, Tensor]] = []
+        self.copied: set[str] = set()
+        self.taps: dict[str, Tap] = {}
+        self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self.entry = model.register_forward_pre_hook(self.enter)
+        self.split = [
+            PerAdapter(self, layer.get_submodule(path), names)
+            for stack in arch.stacks
+            for layer in stack_layers(model, stack).values()
+            for path, names in stack.shared_inputs.items()
+        ]
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self.adapters:
+            raise InfuseError(f"Unknown adapter {name!r}; the model has {listed(self.adapters)}.")
+        return self.adapters[name]  # type: ignore[return-value]
+
+    def route(self) -> Route:
+        """The route of this call; ``None`` when there is nothing to do."""
+        route = current(self)
+        if self.merged is None:
+            return route
+        if route != self.merged:
+            raise InfuseError(f"Adapter {self.merged!r} is merged into the base; call infuse.unmerge(model) first.")
+        return None
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        carry_routes(self, self.checkpointed)
+
+    def tap(self, model: nn.Module, path: str) -> Tap:
+        if path not in self.taps:
+            self.taps[path] = Tap(self, model.get_submodule(path), path)
+        return self.taps[path]
+
+    def retap(self, model: nn.Module) -> None:
+        """Hooks at exactly those modules where some adapter acts."""
+        for tap in self.taps.values():
+            tap.remove()
+        self.taps, self.copied = {}, set()
+        for adapter in self.adapters.values():
+            self.tap_for(model, adapter)
+
+    def tap_for(self, model: nn.Module, adapter: nn.Module) -> None:
+        """Hooks at the modules where one adapter acts, where there are none yet."""
+        assert isinstance(adapter, Adapter)
+        for site in adapter.sites.values():
+            self.tap(model, site.prefix + site.path).add(site)
+        for name in adapter.copies:
+            path = name.replace("/", ".")
+            self.copied.add(path)
+            self.tap(model, path)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What identifies a base model: its name, its architecture, and a digest of its layers' weights.
+
+    The digest takes 32 evenly spaced values of every parameter in the stacks of layers, rounded to bfloat16, so that a
+    trunk in float32 and the same trunk in bfloat16 are one base.
+    """
+
+    name: str
+    type: str
+    digest: str
+
+    @staticmethod
+    def of(model: nn.Module, arch: Arch) -> "Base":
+        sha = hashlib.sha256()
+        for stack in arch.stacks:
+            for index, layer in enumerate(stack_layers(model, stack).values()):
+                for name, value in layer.named_parameters():
+                    flat = value.detach().reshape(-1)
+                    if flat.is_meta:
+                        continue
+                    step = max(1, flat.numel() // 32)
+                    sha.update(f"{stack.name}.{index}.{name}{tuple(value.shape)}".encode())
+                    sha.update(flat[::step].bfloat16().view(torch.int16).cpu().numpy().tobytes())
+        inner = next((m for m in model.modules() if model_type(m)), model)
+        name = getattr(inner, "name_or_path", "") or type(model).__name__
+        return Base(name, model_type(inner), sha.hexdigest()[:32])
+
+
+def store_of(model: nn.Module) -> Infused:
+    """``model.infuse``, also through wrappers such as DistributedDataParallel or ``torch.compile``."""
+    for module in model.modules():
+        if isinstance(module, Infused):
+            return module
+    raise InfuseError("Nothing is attached to this model; call infuse.attach(model, method, name=...) first.")
+
+
+def owner_of(model: nn.Module) -> nn.Module:
+    """The module that :func:`attach` was called on, inside any wrappers."""
+    for module in model.modules():
+        if isinstance(getattr(module, "infuse", None), Infused):
+            return module
+    return model
+
+
+def attach(
+    model: nn.Module,
+    method: Method | str | Mapping[str, Any],
+    name: str = "default",
+    *,
+    layers: str | Sequence[int] | None = None,
+    arch: Arch | None = None,
+    trained: Iterable[str] | None = None,
+) -> Adapter:
+    """Add a fresh adapter to a model in place, freeze the base, and make the adapter the active one.
+
+    Args:
+        model: a transformers model, or any module that contains one or that ``arch`` describes.
+        method: an instance such as ``IA3()``, or what :func:`infuse.make` understands (``"lora:rank=4"``).
+        name: the adapter's name: letters, digits, ``_``, ``-``, ``+`` and spaces.
+        layers: ``"all"``, ``"last:k"``, ``"first:k"``, or indices; all by default.
+        arch: the row to use for an architecture that the table does not have.
+        trained: paths of modules of the base of which the adapter trains its own copy; by default the classification
+            head of a transformers model that has one.
+    Returns:
+        the adapter, also at ``model.infuse[name]``.
+    Raises:
+        InfuseError: the name is taken or malformed, the architecture or a role is unknown, no site matches.
+    """
+    method = make(method)
+    sites = model.infuse.sites if _has_store(model) else find_sites(model, arch)
+    chosen = select(sites, method.roles, layers)
+    return attach_at(model, build(name, method, chosen), arch=arch, trained=trained)
+
+
+def attach_at(
+    model: nn.Module, adapter: Adapter, *, arch: Arch | None = None, trained: Iterable[str] | None = None
+) -> Adapter:
+    """Hang a built adapter into a model; all checks come before the first change."""
+    name = adapter.name
+    _check_name(name)
+    if _has_store(model) and name in model.infuse.adapters:
+        raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
+    if _has_store(model) and model.infuse.merged is not None:
+        raise InfuseError(f"Adapter {model.infuse.merged!r} is merged into the base; call infuse.unmerge(model) first.")
+    own = copies(model, classification_head(model) if trained is None else trained)
+    if not _has_store(model):
+        model.infuse = Infused(model, arch or arch_of(model))
+        for parameter in _base_parameters(model):
+            parameter.requires_grad_(False)
+    store = model.infuse
+    assert isinstance(store, Infused)
+    adapter.copies.update(own)
+    adapter.train(model.training)
+    store.adapters[name] = adapter
+    store.tap_for(model, adapter)
+    store.active = name
+    return adapter
+
+
+def detach(model: nn.Module, name: str | None = None) -> None:
+    """Remove one adapter, or all of them; with the last one the model is as it was before Infuse, bit for bit."""
+    store = store_of(model)
+    model = owner_of(model)
+    names = list(store.adapters) if name is None else [store[name].name]
+    if store.merged in names:
+        unmerge(model)
+    for each in names:
+        del store.adapters[each]
+        if store.active == each:
+            store.active = None
+    store.retap(model)
+    if not store.adapters:
+        store.entry.remove()
+        for split in store.split:
+            split.remove()
+        del model.infuse
+        for each, parameter in model.named_parameters():
+            parameter.requires_grad_(store.trainable.get(each, parameter.requires_grad))
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Choose the adapter that plain forward calls use; ``None`` is the bare base model."""
+    store = store_of(model)
+    store.active = None if name is None else store[name].name
+
+
+@contextmanager
+def route(model: nn.Module, names: str | None | Sequence[str | None]) -> Iterator[None]:
+    """Within the block, forward calls of this thread or task use these adapters.
+
+    Args:
+        names: one adapter for all rows, or one entry per row of the batch; ``None`` is the bare base model.
+    Raises:
+        InfuseError: an adapter is unknown; inside the block, the batch has another number of rows.
+    """
+    store = store_of(model)
+    with use(store, route_of(names, list(store.adapters))):
+        yield
+
+
+def merge(model: nn.Module, name: str) -> None:
+    """Fold an adapter into the base weights, so that it costs nothing at inference; :func:`unmerge` undoes it exactly.
+
+    The originals of the changed weights are kept aside (as much memory again as these weights take).
+    """
+    store = store_of(model)
+    model = owner_of(model)
+    adapter = store[name]
+    if store.merged is not None:
+        raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
+    if not adapter.method.mergeable:
+        raise InfuseError(f"{type(adapter.method).__name__} can't be merged: its delta depends on the input, not on a weight.")
+    with torch.no_grad():
+        for site in adapter.sites.values():
+            weight, bias = _merged(adapter, site)
+            _write(store, site.module, "weight", site, weight.T if site.transposed else weight)
+            if bias is not None:
+                _write(store, site.module, "bias", site, bias)
+        for path, own in adapter.copies.items():
+            original = dict(model.get_submodule(path.replace("/", ".")).named_parameters())
+            for each, value in own.named_parameters():
+                _replace(store, original[each], value.detach().to(original[each].dtype))
+    store.merged = store.active = name
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the base weights that :func:`merge` replaced, bit for bit; the merged adapter stays active, unmerged."""
+    store = store_of(model)
+    for parameter, original in reversed(store.originals):
+        parameter.data = original
+    store.originals = []
+    store.merged = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Parameters of a model's adapters; ``str()`` of it is a table."""
+
+    base: int
+    """Number of parameters of the base model."""
+    adapters: dict[str, dict[str, int]]
+    """Adapter → role → number of trained parameters; ``shared``, ``head`` and copied modules stand beside the roles."""
+
+    def total(self, adapter: str) -> int:
+        """Trained parameters of one adapter, its head included."""
+        return sum(self.adapters[adapter].values())
+
+    def deltas(self, adapter: str) -> int:
+        """Trained parameters inside the transformer: without the head."""
+        return sum(n for role, n in self.adapters[adapter].items() if role != "head")
+
+    def __str__(self) -> str:
+        lines = [f"base model: {self.base:,} parameters, frozen"]
+        for name, roles in self.adapters.items():
+            inside = self.deltas(name)
+            lines.append(f"{name}: {inside:,} parameters in the transformer ({100 * inside / max(1, self.base):.3f} % of base)")
+            lines += [f"  {role:<24}{count:>12,}" for role, count in roles.items()]
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Trained parameters per adapter and role, beside those of the base."""
+    store = store_of(model)
+    counts: dict[str, dict[str, int]] = {}
+    for name in store.adapters:
+        adapter = store[name]
+        roles: dict[str, int] = {}
+        for site in adapter.sites.values():
+            roles[site.role] = roles.get(site.role, 0) + _count(adapter.deltas[key(site.name)])
+        roles |= {"shared": n} if (n := _count(adapter.shared)) else {}
+        head = _count(adapter.copies) + (_count(adapter.head) if adapter.head else 0)
+        counts[name] = roles | ({"head": head} if head else {})
+    return Summary(sum(p.numel() for p in _base_parameters(owner_of(model))), counts)
+
+
+def _has_store(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "infuse", None), Infused)
+
+
+def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if not name.startswith("infuse.")]
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _check_name(name: str) -> None:
+    if not name or not all(c.isalnum() or c in "_-+ " for c in name) or hasattr(nn.ModuleDict(), name):
+        raise InfuseError(f"{name!r} can't name an adapter: use letters, digits, '_', '-', '+' and spaces.")
+
+
+def _merged(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor | None]:
+    delta = adapter.delta(site)
+    assert delta is not None
+    p = {name: value.detach().float() for name, value in adapter.params(site).items()}
+    bias = None if site.bias is None else site.bias.detach().float()
+    return delta.method.merge(p, site.weight.detach().float(), bias, site.side)
+
+
+def _write(store: Infused, module: nn.Module, which: str, site: Site, value: Tensor) -> None:
+    parameter: Any = getattr(module, which)
+    new = parameter.data.clone()
+    if site.side == "input" or site.whole:
+        new.copy_(value)
+    elif which == "weight" and site.transposed:
+        new[:, site.start : site.stop] = value
+    else:
+        new[site.start : site.stop] = value
+    _replace(store, parameter, new)
+
+
+def _replace(store: Infused, parameter: nn.Parameter, new: Tensor) -> None:
+    store.originals.append((parameter, parameter.data))
+    parameter.data = new
+
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "Infused",
+    "Mixed",
+    "Summary",
+    "activate",
+    "attach",
+    "attach_at",
+    "detach",
+    "merge",
+    "owner_of",
+    "route",
+    "store_of",
+    "summary",
+    "unmerge",
+]

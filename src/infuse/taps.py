@@ -1,0 +1,140 @@
+"""Taps: the forward hooks through which adapters reach the base model, whose module tree stays as it is."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infuse.errors import InfuseError
+from infuse.routing import Mixed, Route, adapted, current, run_copies, use
+from infuse.sites import Site
+
+
+class Tap:
+    """The hooks of one module: they replace its input, slices of its output, or (for a copy) all of its output."""
+
+    def __init__(self, store: Any, module: nn.Module, path: str):
+        self.store = store
+        self.path = path
+        self.inputs: list[Site] = []
+        self.outputs: list[Site] = []
+        self.handles = [
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self.after, with_kwargs=True),
+        ]
+
+    def add(self, site: Site) -> None:
+        sites = self.inputs if site.side == "input" else self.outputs
+        if all(s.name != site.name for s in sites):
+            sites.append(site)
+            sites.sort(key=lambda s: (not s.whole, s.start))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, module: nn.Module, args: tuple) -> tuple | None:
+        if not self.inputs or (route := self.store.route()) is None:
+            return None
+        h = args[0]
+        for site in self.inputs:
+            h = adapted(self.store.adapters, route, site, h, h, self.store.training)
+        return (h, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if (route := self.store.route()) is None:
+            return None
+        if self.path in self.store.copied:
+            return run_copies(self.store.adapters, route, self.path, output, args, kwargs)
+        return self._outputs(route, output, args[0]) if self.outputs else None
+
+    def _outputs(self, route: Route, h: Tensor, x: Tensor) -> Tensor:
+        slices = []
+        for site in self.outputs:
+            if site.whole:
+                h = adapted(self.store.adapters, route, site, h, x, self.store.training)
+            else:
+                slices.append(site)
+        if not slices:
+            return h
+        pieces, end = [], 0
+        for site in slices:
+            new = adapted(self.store.adapters, route, site, h[..., site.start : site.stop], x, self.store.training)
+            pieces += [h[..., end : site.start], new]
+            end = site.stop
+        return torch.cat([*pieces, h[..., end:]], dim=-1)
+
+
+class PerAdapter:
+    """Runs a module once per adapter of a mixed batch and puts the rows together again.
+
+    For modules that feed a tensor without batch dimension through an adapted projection (DeBERTa's relative position
+    embeddings): no row of a batch could say whose delta that tensor needs.
+    """
+
+    def __init__(self, store: Any, module: nn.Module, batched: Sequence[str]):
+        self.store = store
+        self.module = module
+        self.batched = frozenset(batched)
+        self.inner: Callable = module.forward
+        self.parameters = tuple(inspect.signature(module.forward).parameters)
+        module.forward = self
+
+    def remove(self) -> None:
+        del self.module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        route = self.store.route()
+        if not isinstance(route, Mixed):
+            return self.inner(*args, **kwargs)
+        given = dict(zip(self.parameters, args, strict=False)) | kwargs
+        batch = next(v for n, v in given.items() if n in self.batched and isinstance(v, Tensor))
+        if len(batch) != len(route.names):
+            raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(batch)} rows.")
+        rows: dict[str | None, list[int]] = {}
+        for row, name in enumerate(route.names):
+            rows.setdefault(name, []).append(row)
+        parts = []
+        for name, index in rows.items():
+            at = torch.tensor(index, device=batch.device)
+            own = {n: v[at] if n in self.batched and isinstance(v, Tensor) else v for n, v in given.items()}
+            with use(self.store, name):
+                parts.append(self.inner(**own))
+        order = torch.tensor([i for index in rows.values() for i in index], device=batch.device).argsort()
+        return _joined(parts, order)
+
+
+class Carry:
+    """A model's checkpointing function that takes the route of the forward pass along into the recomputation."""
+
+    def __init__(self, store: Any, inner: Callable):
+        self.store = store
+        self.inner = inner
+
+    def __call__(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        route = current(self.store)
+
+        def within(*args: Any, **kwargs: Any) -> Any:
+            with use(self.store, route):
+                return run(*args, **kwargs)
+
+        return self.inner(within, *args, **kwargs)
+
+
+def carry_routes(store: Any, layers: Sequence[nn.Module]) -> None:
+    """Wrap the checkpointing function of the layers that have gradient checkpointing switched on."""
+    for layer in layers:
+        inner = getattr(layer, "_gradient_checkpointing_func", None)
+        if inner is not None and not isinstance(inner, Carry):
+            layer._gradient_checkpointing_func = Carry(store, inner)  # type: ignore[assignment]  # not a module
+
+
+def _joined(parts: list[Any], order: Tensor) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)[order]
+    if isinstance(first, tuple):
+        return tuple(_joined(list(column), order) for column in zip(*parts, strict=True))
+    return first

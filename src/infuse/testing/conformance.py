@@ -1,0 +1,248 @@
+"""The conformance suite: what holds for every method on every architecture.
+
+Each check takes a method and the name of an architecture (or a function that makes a model) and asserts one law. Methods
+start at the identity or elsewhere; :func:`wake` moves their parameters away from the start, so that a check sees a delta
+that does something.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import infuse
+from infuse.method import Method
+from infuse.model import store_of
+from infuse.testing.tiny import inputs, tiny
+
+Make = str | Callable[[], nn.Module]
+
+
+def wake(model: nn.Module, name: str, seed: int = 0, size: float = 0.1) -> None:
+    """Move an adapter's parameters by normal noise of standard deviation ``size``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in store_of(model)[name].parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def output(model: nn.Module, batch: dict[str, Tensor], route: Any = ...) -> Tensor:
+    """Last hidden state or logits; under ``route`` if one is given."""
+    if route is ...:
+        out = model(**batch)
+    else:
+        with infuse.route(model, route):
+            out = model(**batch)
+    return out["logits"] if "logits" in out else out["last_hidden_state"]
+
+
+def starts_at_identity(method: Method, make: Make) -> None:
+    """A fresh adapter leaves the outputs as they are (or moves them by no more than the method declares)."""
+    model = _model(make)
+    batch = inputs(model)
+    before = output(model, batch)
+    infuse.attach(model, method, "a")
+    torch.testing.assert_close(output(model, batch), before, rtol=0, atol=1e-4)
+
+
+def every_delta_matters(method: Method, make: Make) -> None:
+    """Moving the parameters at any one site changes the output."""
+    model = _model(make)
+    batch = inputs(model)
+    adapter = infuse.attach(model, method, "a")
+    wake(model, "a")
+    awake = copy.deepcopy(adapter.state_dict())
+    full = output(model, batch)
+    for name, delta in adapter.deltas.items():
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter += 0.3
+        assert not torch.equal(output(model, batch), full), f"the delta at {name} changes nothing"
+        adapter.load_state_dict(awake)
+
+
+def only_deltas_get_gradients(method: Method, make: Make) -> None:
+    """After a backward pass the base has no gradient, and every parameter of the adapter has one."""
+    model = _model(make)
+    infuse.attach(model, method, "a")
+    wake(model, "a")
+    output(model, inputs(model)).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("infuse.adapters.a."):
+            assert parameter.grad is not None, f"{name} got no gradient"
+            assert torch.isfinite(parameter.grad).all(), name
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, f"{name} of the base got a gradient"
+
+
+def detach_restores(method: Method, make: Make) -> None:
+    """After training, merging and detaching, weights, flags, module tree and outputs are those of before."""
+    model = _model(make)
+    batch = inputs(model)
+    before = copy.deepcopy(model.state_dict())
+    modules = [(n, type(m)) for n, m in model.named_modules()]
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    out = output(model, batch)
+    infuse.attach(model, method, "a")
+    assert {n for n, _ in model.named_modules() if not n.startswith("infuse")} == {n for n, _ in modules}
+    wake(model, "a")
+    if method.mergeable:
+        infuse.merge(model, "a")
+    infuse.detach(model)
+    assert [(n, type(m)) for n, m in model.named_modules()] == modules
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(output(model, batch), out)
+
+
+def merge_equals_forward(method: Method, make: Make) -> None:
+    """Merged outputs equal unmerged ones; unmerging restores them; what can't be merged says so."""
+    model = _model(make)
+    batch = inputs(model)
+    infuse.attach(model, method, "a")
+    wake(model, "a")
+    if not method.mergeable:
+        try:
+            infuse.merge(model, "a")
+        except infuse.InfuseError:
+            return
+        raise AssertionError("a method that is not mergeable was merged")
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    before = output(model, batch)
+    infuse.merge(model, "a")
+    close(output(model, batch), before)
+    infuse.unmerge(model)
+    assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
+    assert torch.equal(output(model, batch), before)
+
+
+def save_then_load(method: Method, make: Make) -> None:
+    """A loaded adapter gives the outputs of the saved one, under another name and beside it."""
+    model = _model(make)
+    batch = inputs(model)
+    infuse.attach(model, method, "a")
+    wake(model, "a")
+    before = output(model, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        return  # SAVE
+        infuse.save(model, "a", Path(folder) / "adapter")
+        infuse.load(model, Path(folder) / "adapter", name="b")
+        assert torch.equal(output(model, batch, "b"), before)
+        fresh = _model(make)
+        infuse.load(fresh, Path(folder) / "adapter", name="c")
+        assert torch.equal(output(fresh, batch), before)
+        assert store_of(fresh)["c"].method == method
+
+
+def mixed_equals_one_by_one(method: Method, make: Make) -> None:
+    """A batch whose rows use different adapters, or none, gives each row what it gets alone."""
+    model = _model(make)
+    batch = inputs(model, rows=6)
+    for seed, name in enumerate("abc"):
+        infuse.attach(model, method, name)
+        wake(model, name, seed)
+    rows = ["b", None, "a", "c", "b", "a"]
+    for names in (rows, [None, None, "a", None, None, None], ["a", "b", "c", "c", "b", "a"], ["a"] * 6):
+        mixed = output(model, batch, names)
+        for row, name in enumerate(names):
+            close(mixed[row], output(model, batch, name)[row])
+    output(model, batch, rows).square().mean().backward()
+    together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    whole = torch.stack([output(model, batch, name)[row] for row, name in enumerate(rows)])
+    whole.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            close(together[name], parameter.grad, 1e-4)
+
+
+def overfits(method: Method, make: Make) -> None:
+    """A few hundred steps pull the outputs of a batch most of the way towards outputs of another adapter."""
+    model = _model(make)
+    batch = inputs(model)
+    infuse.attach(model, method, "goal")
+    wake(model, "goal", seed=7)
+    target = output(model, batch).detach()
+    adapter = infuse.attach(model, method, "a")
+    wake(model, "a", size=0.01)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=0.02)
+    first = last = 0.0
+    for step in range(150):
+        loss = (output(model, batch) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = (loss.item() if step == 0 else first), loss.item()
+    assert last < 0.1 * first, f"the loss fell only from {first:.2e} to {last:.2e}"
+
+
+def survives_deepcopy(method: Method, make: Make) -> None:
+    """A deep copy of an adapted model works on its own."""
+    model = _model(make)
+    batch = inputs(model)
+    infuse.attach(model, method, "a")
+    wake(model, "a")
+    before = output(model, batch)
+    twin = copy.deepcopy(model)
+    wake(twin, "a", seed=1)
+    assert torch.equal(output(model, batch), before)
+    assert not torch.equal(output(twin, batch), before)
+    infuse.detach(twin)
+    assert torch.equal(output(model, batch), before)
+
+
+def checkpointing_changes_nothing(method: Method, make: Make) -> None:
+    """Gradients under gradient checkpointing equal plain ones, also with a route that ended before the backward."""
+    model = _model(make).train()
+    batch = inputs(model)
+    for seed, name in enumerate("ab"):
+        infuse.attach(model, method, name)
+        wake(model, name, seed)
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return
+    no_dropout(model)
+    output(model, batch, ["a", "b", "a"]).square().mean().backward()
+    plain = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    output(model, batch, ["a", "b", "a"]).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            close(parameter.grad, plain[name])
+
+
+CHECKS: list[Callable[[Method, Make], None]] = [
+    starts_at_identity,
+    every_delta_matters,
+    only_deltas_get_gradients,
+    detach_restores,
+    merge_equals_forward,
+    save_then_load,
+    mixed_equals_one_by_one,
+    overfits,
+    survives_deepcopy,
+    checkpointing_changes_nothing,
+]
+"""The laws, each a function of a method and an architecture."""
+
+
+def close(actual: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
+    """Largest absolute difference ≤ bound × max(1, largest |expected|)."""
+    limit = bound * max(1.0, expected.abs().max().item())
+    worst = (actual - expected).abs().max().item()
+    assert worst <= limit, f"off by {worst:.2e}, more than {limit:.2e}"
+
+
+def no_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def _model(make: Make) -> Any:
+    return tiny(make) if isinstance(make, str) else make()
