@@ -3,6 +3,8 @@
 from infuse.arch import Arch as Arch
 from infuse.arch import Part as Part
 from infuse.arch import Stack as Stack
+from infuse.checkpoint import load as load
+from infuse.checkpoint import save as save
 from infuse.errors import InfuseError as InfuseError
 from infuse.method import Method as Method
 from infuse.method import make as make

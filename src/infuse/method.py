@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
@@ -43,8 +42,21 @@ class Method(ABC):
     mergeable: ClassVar[bool] = False
     """Whether :meth:`merge` folds the delta into the base weight."""
 
+    peft_type: ClassVar[str | None] = None
+    """The method's name in PEFT's files, if PEFT has it; then the functions named after PEFT below are defined."""
+    peft_keys: ClassVar[Mapping[str, str]] = {}
+    """Parameter → the end of its key in PEFT's files."""
+    unfreezes: ClassVar[bool] = False
+    """Whether the base itself is trained (full fine-tuning, the contrast to every adapter)."""
+    asks: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Function → names of the tensors that it asks for; filled from the signatures."""
+
     roles: tuple[str, ...]
     """The roles that are adapted."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.asks = {f.__name__: _keywords(f) for f in (cls.forward, cls.prepare)}
 
     @abstractmethod
     def init(self, site: Site) -> dict[str, Tensor]:
@@ -66,6 +78,35 @@ class Method(ABC):
         """The (weight, bias) that give the adapted activation without the delta; only if ``mergeable``."""
         raise InfuseError(f"{type(self).__name__} depends on its input in a way that no weight holds: it can't be merged.")
 
+    def to_peft(self, made: "Mapping[str, Method]", sites: Mapping[str, list[Site]]) -> dict[str, Any]:
+        """The method's entries of PEFT's config; module path → the method there, and module path → its sites."""
+        raise NotImplementedError(self.name)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str) -> "Method":
+        """The method that a PEFT config describes for the module at ``path``; refuses options that it lacks."""
+        raise NotImplementedError(cls.name)
+
+    def to_peft_tensors(self, p: Params, side: str) -> dict[str, Tensor]:
+        """Parameters of one module in PEFT's names and shapes."""
+        return {self.peft_keys[name]: value for name, value in p.items()}
+
+    def peft_side(self, tensors: Params) -> str:
+        """The side of its module that a delta in a PEFT file acts on."""
+        return "output"
+
+    def fused(self, slices: int) -> "Method":
+        """The settings of the delta that :meth:`fuse` makes of so many slices."""
+        return self
+
+    def fuse(self, slices: "Sequence[tuple[Site, Params]]") -> "tuple[Method, Params]":
+        """The one delta on a whole module that equals these deltas on slices of its output."""
+        raise NotImplementedError(self.name)
+
+    def split(self, fused: Params, sites: Sequence[Site]) -> list[Params]:
+        """The inverse of :meth:`fuse`."""
+        raise NotImplementedError(self.name)
+
     def check(self, site: Site) -> None:
         """Raise :class:`InfuseError` if the method is not defined at ``site``."""
         if site.side not in self.sides:
@@ -75,11 +116,18 @@ class Method(ABC):
 
 M = TypeVar("M", bound=type[Method])
 METHODS: dict[str, type[Method]] = {}
+BASELINES: dict[str, type[Method]] = {}
 
 
 def register(cls: M) -> M:
     """Class decorator that enters a method into the registry under its ``name``."""
     METHODS[cls.name] = cls
+    return cls
+
+
+def register_baseline(cls: M) -> M:
+    """Class decorator for ways to train that are no adapters; they can be made by name but are not in the registry."""
+    BASELINES[cls.name] = cls
     return cls
 
 
@@ -105,9 +153,9 @@ def make(spec: "Method | str | Mapping[str, Any]") -> Method:
         settings = dict(spec)
         name = str(settings.pop("name", ""))
     key = re.sub(r"[^a-z0-9]", "", name.lower())
-    cls = next((c for n, c in registry().items() if re.sub(r"[^a-z0-9]", "", n) == key), None)
+    cls = next((c for n, c in (registry() | BASELINES).items() if re.sub(r"[^a-z0-9]", "", n) == key), None)
     if cls is None:
-        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(registry())}.")
+        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(registry() | BASELINES)}.")
     known = {f.name: f for f in fields(cls)}
     for setting, value in settings.items():
         if setting not in known:
@@ -128,9 +176,8 @@ def spelled(method: Method) -> str:
     return method.name + (":" + ",".join(items) if items else "")
 
 
-@cache
-def wants(function: Any) -> frozenset[str]:
-    """Names of the keyword arguments that a method's ``forward`` or ``prepare`` asks for."""
+def _keywords(function: Any) -> frozenset[str]:
+    """Names of the arguments after ``self`` and ``p``."""
     names = list(inspect.signature(function).parameters.values())[2:]
     return frozenset(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
 

@@ -176,7 +176,7 @@ def attach_at(
     if not _has_store(model):
         model.infuse = Infused(model, arch or arch_of(model))
         for parameter in _base_parameters(model):
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(adapter.method.unfreezes)
     store = model.infuse
     assert isinstance(store, Infused)
     adapter.copies.update(own)
@@ -216,7 +216,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def route(model: nn.Module, names: str | None | Sequence[str | None]) -> Iterator[None]:
-    """Within the block, forward calls of this thread or task use these adapters.
+    """Within the block, forward calls of this thread use these adapters.
 
     Args:
         names: one adapter for all rows, or one entry per row of the batch; ``None`` is the bare base model.

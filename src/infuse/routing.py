@@ -1,14 +1,14 @@
 """Routes: which adapter each row of a batch uses, and the arithmetic of mixed batches.
 
-The route belongs to the call: :func:`use` binds it to the current thread or task, and gradient checkpointing carries it
+The route belongs to the call: :func:`use` binds it to the current thread, and gradient checkpointing carries it
 into the recomputation. Without one, a model's ``active`` adapter serves plain calls.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import local
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch.func import vmap
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
-from infuse.method import Method, Params, wants
+from infuse.method import Method, Params
 from infuse.sites import Site
 
 
@@ -52,7 +52,14 @@ class Mixed:
 
 Route = str | Mixed | None
 
-_ROUTES: ContextVar[tuple[tuple[Any, Route], ...]] = ContextVar("infuse_routes", default=())
+
+class _Calls(local):
+    """The routes in force in this thread, innermost last (a ContextVar would break ``torch.compile``'s graph)."""
+
+    routes: tuple[tuple[Any, Route], ...] = ()
+
+
+_CALLS = _Calls()
 
 
 class Routed(Protocol):
@@ -63,7 +70,7 @@ class Routed(Protocol):
 
 def current(store: Routed) -> Route:
     """The route of this call: the innermost one in force for this model, else its active adapter."""
-    for owner, route in reversed(_ROUTES.get()):
+    for owner, route in reversed(_CALLS.routes):
         if owner is store:
             return route
     return store.active
@@ -71,12 +78,13 @@ def current(store: Routed) -> Route:
 
 @contextmanager
 def use(store: Routed, route: Route) -> Iterator[None]:
-    """Bind ``route`` to calls of this store's model within the block, in this thread or task only."""
-    token = _ROUTES.set((*_ROUTES.get(), (store, route)))
+    """Bind ``route`` to calls of this store's model within the block, in this thread only."""
+    outer = _CALLS.routes
+    _CALLS.routes = (*outer, (store, route))
     try:
         yield
     finally:
-        _ROUTES.reset(token)
+        _CALLS.routes = outer
 
 
 def route_of(names: "str | None | Sequence[str | None]", known: Sequence[str]) -> Route:
@@ -120,8 +128,8 @@ def _one(adapter: Adapter, site: Site, h: Tensor, x: Tensor, training: bool) -> 
     delta = adapter.delta(site)
     assert delta is not None
     method, given = delta.method, _given(site, training)
-    p = _cast(_ask(method.prepare, adapter.params(site), given), h.dtype)
-    return _ask(method.forward, p, given | {"h": h, "x": x}).to(h.dtype)
+    p = _cast(_ask(method, "prepare", adapter.params(site), given), h.dtype)
+    return _ask(method, "forward", p, given | {"h": h, "x": x}).to(h.dtype)
 
 
 def _many(group: Group, site: Site, h: Tensor, x: Tensor, training: bool) -> Tensor:
@@ -131,11 +139,11 @@ def _many(group: Group, site: Site, h: Tensor, x: Tensor, training: bool) -> Ten
     each = [adapter.params(site) for adapter in group.adapters]
     stacked: Params = {name: torch.stack([p[name] for p in each]) for name in each[0]}
     if type(method).prepare is not Method.prepare:
-        stacked = vmap(partial(_ask, method.prepare, given=given))(stacked)
+        stacked = vmap(partial(_ask, method, "prepare", given=given))(stacked)
     rows = {name: value[group.which] for name, value in _cast(stacked, h.dtype).items()}
 
     def row(p: Params, h: Tensor, x: Tensor) -> Tensor:
-        return _ask(method.forward, p, given | {"h": h, "x": x})
+        return _ask(method, "forward", p, given | {"h": h, "x": x})
 
     return vmap(row, randomness="different")(rows, h, x).to(h.dtype)
 
@@ -144,9 +152,9 @@ def _given(site: Site, training: bool) -> dict[str, Any]:
     return {"weight": site.weight, "bias": site.bias, "training": training}
 
 
-def _ask(function: Any, p: Params, given: Mapping[str, Any]) -> Any:
+def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> Any:
     """Call a method's function with those of the given tensors that it asks for."""
-    return function(p, **{name: given[name] for name in wants(function.__func__)})
+    return getattr(method, function)(p, **{name: given[name] for name in method.asks[function]})
 
 
 def _cast(params: Params, dtype: torch.dtype) -> Params:

@@ -108,6 +108,8 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
             raise InfuseError(f"Unknown role {role!r}; the roles are {listed(ROLES, 20)}.")
         if role not in present and f"cross_{role}" not in present:
             raise InfuseError(f"This model has no role {role!r}; it has {listed(r for r in ROLES if r in present)}.")
+    if not roles:
+        return []
     wanted = set(roles) | {f"cross_{r}" for r in roles}
     chosen = [s for s in sites if s.role in wanted and s.layer in _layer_indices(sites, s.stack, layers)]
     if not chosen:
@@ -121,7 +123,7 @@ def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | N
     ``path`` may carry more or less prefix than the module's path in ``model``; ``None`` if no linear module fits.
     """
     known = {s.prefix + s.path: s for s in sites if s.side == "output" and s.whole}
-    name = match_path(path, (n for n, m in model.named_modules() if _features(m)))
+    name = match_path(path, (n for n, m in model.named_modules() if linear_features(m)))
     if name is None:
         return None
     return known.get(name) or _site(model.get_submodule(name), name, "module", "", 0, name, "")
@@ -186,14 +188,14 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[Site]:
 
 
 def _site(module: nn.Module, path: str, role: str, stack: str, layer: int, name: str, prefix: str) -> Site:
-    features = _features(module)
+    features = linear_features(module)
     if not features:
         raise InfuseError(f"{path!r} is a {type(module).__name__}; a role must name a linear module.")
     label = name if role == "module" else f"{name}.{role}"
     return Site(label, role, stack, layer, path, prefix, module, "output", 0, features[1], *features)
 
 
-def _features(module: nn.Module) -> tuple[int, int] | None:
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear module or GPT-2's ``Conv1D``, else ``None``."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -247,7 +249,7 @@ def _layer_lists(model: nn.Module) -> list[str]:
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in layer.named_modules() if _features(m)}
+    return {n: m for n, m in layer.named_modules() if linear_features(m)}
 
 
 # Names that published models give to the linear modules of a role, for the suggestion in an error.

@@ -1,6 +1,9 @@
 """(IA)³: learned rescaling of keys, values and the feed-forward activation."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +29,8 @@ class IA3(Method):
     learning_rate = 3e-3
     sides = ("input", "output")
     mergeable = True
+    peft_type = "IA3"
+    peft_keys = MappingProxyType({"l": "ia3_l"})
 
     def init(self, site: Site) -> dict[str, Tensor]:
         return {"l": torch.ones(site.width)}
@@ -37,3 +42,28 @@ class IA3(Method):
         if side == "input":
             return weight * p["l"], bias
         return weight * p["l"][:, None], None if bias is None else bias * p["l"]
+
+    def to_peft(self, made: Mapping[str, Method], sites: Mapping[str, list[Site]]) -> dict[str, Any]:
+        return {
+            "feedforward_modules": sorted(path for path in made if sites[path][0].side == "input"),
+            "fan_in_fan_out": any(site.transposed for on in sites.values() for site in on),
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str) -> "IA3":
+        return cls()
+
+    def to_peft_tensors(self, p: Params, side: str) -> dict[str, Tensor]:
+        return {"ia3_l": p["l"][None, :] if side == "input" else p["l"][:, None]}
+
+    def peft_side(self, tensors: Params) -> str:
+        return "input" if tensors["ia3_l"].shape[0] == 1 else "output"
+
+    def fuse(self, slices: Sequence[tuple[Site, Params]]) -> tuple[Method, Params]:
+        whole = torch.ones(slices[0][0].out_features, device=slices[0][1]["l"].device)
+        for site, p in slices:
+            whole[site.start : site.stop] = p["l"].detach()
+        return self, {"l": whole}
+
+    def split(self, fused: Params, sites: Sequence[Site]) -> list[Params]:
+        return [{"l": fused["l"][site.start : site.stop]} for site in sites]

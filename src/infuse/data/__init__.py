@@ -1,0 +1,11 @@
+"""Reading, checking and splitting labelled texts."""
+
+from infuse.data.check import check as check
+from infuse.data.read import read as read
+from infuse.data.rows import Rows as Rows
+from infuse.data.rows import Splits as Splits
+from infuse.data.split import few_shot as few_shot
+from infuse.data.split import load_splits as load_splits
+from infuse.data.split import stratified as stratified
+
+__all__ = ["Rows", "Splits", "check", "few_shot", "load_splits", "read", "stratified"]

@@ -1,0 +1,1 @@
+"""File formats: what a folder of an adapter holds, read and written for Infuse and for other libraries."""

@@ -1,0 +1,123 @@
+"""What a file of an adapter holds, whoever wrote it; and the reading and writing of such files, safely."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from infuse.errors import InfuseError, listed
+from infuse.method import Method, Params
+from infuse.sites import Site
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+@dataclass
+class Bundle:
+    """An adapter as read from a file, matched to a model but not yet attached to it.
+
+    Attributes:
+        method: the settings of the adapter as a whole.
+        deltas: site, its method (settings may differ from site to site), and its tensors.
+        shared: tensors that all deltas share.
+        copies: module path → tensors, for modules of which the adapter trained its own copy.
+        head: settings and tensors of an Infuse head.
+        base: what the file says about its base model: ``name``, ``type``, ``digest``.
+        info: facts that travel with the adapter.
+        name: the name under which it was saved.
+    """
+
+    method: Method
+    deltas: list[tuple[Site, Method, Params]]
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    head: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+    base: dict[str, str] | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    name: str = "default"
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a ``.safetensors`` file, or tensors of a ``.bin`` file; nothing is unpickled.
+
+    Raises:
+        InfuseError: the file is missing, truncated, corrupt, holds objects, or holds values that are not finite.
+    """
+    if not path.is_file():
+        raise InfuseError(f"There is no file {path.name} in {path.parent}.")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+                metadata = file.metadata() or {}
+        else:
+            tensors, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
+    except SafetensorError as error:
+        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
+    except Exception as error:
+        # torch.load reports hostile and broken files through many types; its message may run to paragraphs.
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise InfuseError(f"{path} can't be read as plain tensors ({reason}); Infuse never unpickles a file.") from None
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise InfuseError(f"{path} holds something other than named tensors.")
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise InfuseError(f"{path} holds NaN or infinite values in {listed(broken, 3)}; train the adapter again.")
+    return dict(tensors), metadata
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an error that names the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InfuseError(f"There is no file {path.name} in {path.parent}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InfuseError(f"{path} is no valid JSON ({error}); save or download it again.") from None
+    if not isinstance(value, dict):
+        raise InfuseError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
+    return value
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder so that a reader sees each old or new, whole; the last one is replaced last.
+
+    A new folder appears complete or not at all.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise InfuseError(f"{folder} is a file; give the path of a folder to save the adapter in.")
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in files.items():
+            with open(staging / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if not folder.exists():
+            staging.chmod(0o755)
+            staging.rename(folder)
+            return
+        for name in files:
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def fitted(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """``value`` in the shape that the model asks for, apart from dimensions of one; else an error with both."""
+    if [d for d in value.shape if d != 1] != [d for d in shape if d != 1]:
+        raise InfuseError(
+            f"{name} in the file has shape {tuple(value.shape)}, but this model needs {tuple(shape)}: "
+            "the adapter was made for another base model."
+        )
+    return value.float().reshape(shape)

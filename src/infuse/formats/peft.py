@@ -1,0 +1,177 @@
+"""Files of PEFT (``adapter_config.json`` with a ``peft_type``): read them, and write ours so that PEFT reads them.
+
+PEFT adapts whole modules. Slices of a fused projection are written as the one delta on the whole module that equals
+them, and cut apart again on reading our own files.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infuse.adapter import Adapter
+from infuse.arch import ROLES
+from infuse.errors import InfuseError, listed
+from infuse.formats.bundle import Bundle, fitted
+from infuse.method import Method, Params, registry
+from infuse.sites import Site, linear_features, match_path, site_at
+
+PREFIX = "base_model.model."
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+
+
+def expressible(adapter: Adapter) -> bool:
+    """Whether PEFT has the adapter's method and a module for each of its deltas."""
+    if adapter.method.peft_type is None:
+        return False
+    return all(len({s.side for s in sites}) == 1 for sites in by_module(adapter.sites.values()).values())
+
+
+def by_module(sites: Any) -> dict[str, list[Site]]:
+    """Full path of a module → the sites on it, in the order of their slices."""
+    groups: dict[str, list[Site]] = {}
+    for site in sorted(sites, key=lambda s: (not s.whole, s.start)):
+        groups.setdefault(site.prefix + site.path, []).append(site)
+    return groups
+
+
+def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under PEFT's names, and the content of ``adapter_config.json``."""
+    tensors: dict[str, Tensor] = {}
+    made: dict[str, Method] = {}
+    for path, sites in by_module(adapter.sites.values()).items():
+        method, params = _fused(adapter, sites)
+        made[path] = method
+        for name, value in method.to_peft_tensors(params, sites[0].side).items():
+            tensors[f"{PREFIX}{path}.{name}"] = value.detach().contiguous()
+    for path, module in adapter.copies.items():
+        for name, value in module.state_dict().items():
+            tensors[f"{PREFIX}{path.replace('/', '.')}.{name}"] = value.detach().contiguous()
+    usual = Counter(made.values()).most_common(1)[0][0]
+    name = type(model).__name__
+    config = {
+        "peft_type": adapter.method.peft_type,
+        "task_type": next((task for end, task in _TASKS.items() if name.endswith(end)), None),
+        "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
+        "inference_mode": True,
+        "target_modules": sorted(made),
+        "modules_to_save": sorted(p.replace("/", ".") for p in adapter.copies) or None,
+        **usual.to_peft(made, by_module(adapter.sites.values())),
+    }
+    return tensors, config
+
+
+def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Bundle:
+    """A PEFT file as deltas on whole modules of ``model``.
+
+    Raises:
+        InfuseError: a PEFT method or option that Infuse does not have, keys that fit nothing, wrong shapes.
+    """
+    kind = config.get("peft_type")
+    cls = next((m for m in registry().values() if m.peft_type == kind), None)
+    if cls is None:
+        have = listed(m.peft_type for m in registry().values() if m.peft_type)
+        raise InfuseError(f"The file holds a PEFT adapter of type {kind!r}; Infuse reads {have}.")
+    grouped, rest = modules(model, cls, tensors)
+    if not grouped:
+        raise InfuseError(
+            f"None of the file's tensors fits {type(model).__name__} (the first is {next(iter(tensors), 'missing')!r}): "
+            "the adapter was made for another architecture."
+        )
+    deltas = []
+    for path, found in grouped.items():
+        method = cls.from_peft(config, path)
+        site = site_at(model, path, sites)
+        assert site is not None
+        if method.peft_side(found) == "input":
+            site = next((s for s in sites if s.side == "input" and s.module is site.module), None) or replace(
+                site, name=f"{site.name}:input", side="input"
+            )
+        deltas.append((site, method, named(method, site, found)))
+    roles = {s.role for s, _, _ in deltas}
+    roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
+    base = {"name": str(config.get("base_model_name_or_path") or "an unnamed base"), "type": "", "digest": ""}
+    method = replace(deltas[0][1], roles=tuple(r for r in ROLES if r in roles))
+    common = Counter(replace(m, roles=method.roles) for _, m, _ in deltas).most_common(1)[0][0]
+    return Bundle(common, [(s, replace(m, roles=common.roles), p) for s, m, p in deltas], copies=heads(model, rest, config.get("modules_to_save")), base=base)
+
+
+def modules(
+    model: nn.Module, cls: type[Method], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Group a file's tensors by module of the model, whatever prefix either carries; and what belongs to no delta."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    rest, lost = {}, []
+    linear = {n for n, m in model.named_modules() if not n.startswith("infuse") and linear_features(m)}
+    for key, value in tensors.items():
+        bare = key.removeprefix(PREFIX).removesuffix(".weight") if "magnitude" in key else key.removeprefix(PREFIX)
+        suffix = next((s for s in cls.peft_keys.values() if bare.endswith("." + s)), None)
+        if suffix is None:
+            rest[bare] = value
+            continue
+        path = match_path(bare.removesuffix("." + suffix), linear)
+        if path is None:
+            lost.append(key)
+        else:
+            grouped.setdefault(path, {})[suffix] = value
+    if lost and grouped:
+        raise InfuseError(f"The file adapts modules that {type(model).__name__} does not have: {listed(lost, 3)}.")
+    return grouped, rest
+
+
+def heads(
+    model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | None
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors of trained copies, by module of the model; a head that this model has no module for is left out.
+
+    PEFT strips ``modules_to_save.<adapter>.`` from the keys, so that ``classifier.weight`` remains; ``saved`` is the
+    config's list of such modules' names.
+    """
+    paths = [n for n, _ in model.named_modules() if n and not n.startswith("infuse")]
+    names = tuple(saved or [n for n, _ in model.named_children()])
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key, value in rest.items():
+        if "lora_" in key or "ia3_" in key:
+            raise InfuseError(f"The file holds a tensor that Infuse can't place: {key!r}.")
+        parts = key.split(".")
+        if "modules_to_save" in parts:
+            at = parts.index("modules_to_save")
+            parts = parts[:at] + parts[at + 2 :]
+        for end in range(1, len(parts)):
+            # PEFT matches these names as plain suffixes: its "classifier" takes "pre_classifier" too.
+            path = match_path(".".join(parts[:end]), paths) if parts[end - 1].endswith(names) else None
+            if path is not None:
+                copies.setdefault(path, {})[".".join(parts[end:])] = value
+                break
+    return copies
+
+
+def named(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PEFT's tensors of one module under the method's own names, in the shapes that the site needs."""
+    with torch.device("meta"):
+        expected = method.init(site)
+    params = {}
+    for name, value in expected.items():
+        suffix = method.peft_keys[name]
+        if suffix not in found:
+            raise InfuseError(f"The file lacks {suffix} for {site.path}; save or download it again.")
+        params[name] = fitted(f"{site.path}.{suffix}", found[suffix], value.shape)
+    return params
+
+
+def _fused(adapter: Adapter, sites: list[Site]) -> tuple[Method, Params]:
+    delta = adapter.delta(sites[0])
+    assert delta is not None
+    if len(sites) == 1 and sites[0].whole:
+        return delta.method, adapter.params(sites[0])
+    return delta.method.fuse([(site, adapter.params(site)) for site in sites])
+

@@ -1,0 +1,165 @@
+"""Pooling and classifier heads: from hidden states to the logits of one adapter's labels."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from infuse.errors import InfuseError, listed
+from infuse.model import route as routed
+from infuse.model import store_of
+
+Hidden = Float[Tensor, "rows positions width"]
+Mask = Int[Tensor, "rows positions"]
+Pooled = Float[Tensor, "rows width"]
+
+
+def _mean(hidden: Hidden, mask: Mask) -> Pooled:
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def _first(hidden: Hidden, mask: Mask) -> Pooled:
+    return _at(hidden, mask.argmax(1))
+
+
+def _last(hidden: Hidden, mask: Mask) -> Pooled:
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return _at(hidden, (mask * positions).argmax(1))
+
+
+def _at(hidden: Hidden, index: Tensor) -> Pooled:
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+
+
+POOLINGS: dict[str, Callable[[Hidden, Mask], Pooled]] = {"mean": _mean, "cls": _first, "last": _last}
+"""Mean over real tokens; the first real token; the last real token (padding may be on either side)."""
+
+HEADS = ("cosine", "linear", "hf")
+"""``cosine``: scaled cosine to a learned vector per label; ``linear``: an affine map; ``hf``: the model's own head."""
+
+
+def pool(hidden: Hidden, mask: Mask, how: str) -> Pooled:
+    """One vector per text, in float32."""
+    if how not in POOLINGS:
+        raise InfuseError(f"Unknown pooling {how!r}; choose from {listed(POOLINGS)}.")
+    return POOLINGS[how](hidden, mask).float()
+
+
+class Head(nn.Module):
+    """The classifier of one adapter over its own labels.
+
+    - ``cosine``: ``logits = s · ŵ·x̂`` with unit vectors ``ŵ`` per label and ``x̂``, and a learned scale ``s``.
+    - ``linear``: ``logits = W·x + b``, started at zero.
+    - ``hf``: no parameters here; the logits are those of the transformers model's own classification head.
+
+    Args:
+        kind: one of :data:`HEADS`.
+        labels: the label names, in the order of the logits.
+        width: number of features of a pooled text (not needed for ``hf``).
+        pooling: one of :data:`POOLINGS`.
+        multi: whether a text may carry several labels (sigmoid instead of softmax).
+    """
+
+    SCALE = 20.0
+
+    def __init__(self, kind: str, labels: Sequence[str], width: int = 0, pooling: str = "mean", multi: bool = False):
+        super().__init__()
+        if kind not in HEADS:
+            raise InfuseError(f"Unknown head {kind!r}; choose from {listed(HEADS)}.")
+        if pooling not in POOLINGS:
+            raise InfuseError(f"Unknown pooling {pooling!r}; choose from {listed(POOLINGS)}.")
+        self.kind, self.labels, self.width, self.pooling, self.multi = kind, tuple(labels), width, pooling, multi
+        if kind == "linear":
+            self.weight = nn.Parameter(torch.zeros(len(labels), width))
+            self.bias = nn.Parameter(torch.zeros(len(labels)))
+        elif kind == "cosine":
+            self.weight = nn.Parameter(torch.randn(len(labels), width) / math.sqrt(max(1, width)))
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self.SCALE)))
+            if multi:
+                # Cosines to several labels are large at once: a learned threshold per label decides each.
+                self.bias = nn.Parameter(torch.full((len(labels),), -0.5 * self.SCALE))
+
+    def forward(self, x: Pooled) -> Float[Tensor, "rows labels"]:
+        if self.kind == "linear":
+            return F.linear(x, self.weight, self.bias)
+        logits = self.log_scale.exp() * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+        return logits + self.bias if self.multi else logits
+
+    @torch.no_grad()
+    def start_at(self, pooled: Pooled, targets: Float[Tensor, "rows labels"]) -> None:
+        """Start a cosine head's vectors at the centroids of the classes; ``targets`` is 0/1 per label."""
+        if self.kind != "cosine":
+            return
+        centroids = targets.T.float() @ F.normalize(pooled.float(), dim=-1)
+        known = targets.sum(0) > 0
+        self.weight[known] = F.normalize(centroids, dim=-1)[known].to(self.weight)
+
+    def loss(
+        self,
+        logits: Float[Tensor, "rows labels"],
+        targets: Tensor,
+        weights: Float[Tensor, " labels"] | None = None,
+        smoothing: float = 0.0,
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy over class indices, or binary cross-entropy over 0/1 targets for multi-label heads."""
+        if not self.multi:
+            return F.cross_entropy(logits.float(), targets, weights, label_smoothing=smoothing)
+        smooth = targets.float() * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits.float(), smooth, pos_weight=weights)
+
+    def probabilities(self, logits: Float[Tensor, "rows labels"]) -> Float[Tensor, "rows labels"]:
+        return logits.float().sigmoid() if self.multi else logits.float().softmax(-1)
+
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`restore` needs beside the tensors, ready for JSON."""
+        return {
+            "kind": self.kind,
+            "labels": list(self.labels),
+            "width": self.width,
+            "pooling": self.pooling,
+            "multi": self.multi,
+        }
+
+    @classmethod
+    def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Head":
+        """A head from its settings and tensors; an error if they do not fit each other."""
+        head = cls(**settings)
+        expected = head.state_dict()
+        if expected.keys() != tensors.keys() or any(expected[n].shape != v.shape for n, v in tensors.items()):
+            raise InfuseError("The head's tensors in the file do not fit its description; save the adapter again.")
+        head.load_state_dict({n: v.float() for n, v in tensors.items()})
+        return head
+
+
+def head_of(model: nn.Module, name: str) -> Head:
+    """The head of an adapter, or an error if it has none."""
+    head = store_of(model)[name].head
+    if not isinstance(head, Head):
+        raise InfuseError(f"Adapter {name!r} has no classification head; train it with infuse.Classifier or infuse train.")
+    return head
+
+
+def apply(head: Head, out: Mapping[str, Tensor], mask: Mask) -> Float[Tensor, "rows labels"]:
+    """Logits of a head from a model's output."""
+    if head.kind == "hf":
+        return out["logits"]
+    return head(pool(out["last_hidden_state"], mask, head.pooling))
+
+
+def classify(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[Float[Tensor, " labels"]]:
+    """Logits of every row of a mixed batch under the adapter that ``names`` gives it, each over its own labels."""
+    with routed(model, names):
+        out = model(**batch)
+    logits: list[Any] = [None] * len(names)
+    for name in dict.fromkeys(names):
+        rows = [i for i, n in enumerate(names) if n == name]
+        at = torch.tensor(rows, device=batch["attention_mask"].device)
+        own = {k: out[k][at] for k in ("logits", "last_hidden_state") if k in out and out[k] is not None}
+        for row, value in zip(rows, apply(head_of(model, name), own, batch["attention_mask"][at]), strict=True):
+            logits[row] = value
+    return logits

@@ -1,0 +1,42 @@
+"""What adapters are measured against: a head alone on the frozen base, and fine-tuning of everything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from infuse.method import Method, Params, register_baseline
+from infuse.sites import Site
+
+
+class _NoDelta(Method):
+    """A way to train that puts nothing at any site."""
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        return {}
+
+    def forward(self, p: Params, **given: Any) -> Tensor:
+        return given["h"]
+
+
+@register_baseline
+@dataclass(frozen=True)
+class HeadOnly(_NoDelta):
+    """``head``: the base stays frozen and bare; only the adapter's head is trained (a linear probe)."""
+
+    roles: tuple[str, ...] = ()
+
+    name = "head"
+    learning_rate = 3e-3
+
+
+@register_baseline
+@dataclass(frozen=True)
+class Full(_NoDelta):
+    """``full``: every parameter of the base is trained. What it saves is a whole model, not an adapter."""
+
+    roles: tuple[str, ...] = ()
+
+    name = "full"
+    learning_rate = 5e-5
+    unfreezes = True

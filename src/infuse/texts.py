@@ -1,0 +1,78 @@
+"""From texts to tokens, features, and probabilities: inference with adapted models, in length-sorted batches."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from infuse.heads import apply, head_of, pool
+from infuse.model import route
+
+Tokens = list[list[int]]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
+    """Token ids of every text, special tokens included, cut at ``max_length``."""
+    limit = min(max_length, tokenizer.model_max_length)
+    return tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
+
+
+def pad(tokens: Sequence[list[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """A batch padded at the end to its longest row: ``input_ids`` and ``attention_mask``."""
+    longest = max(1, max(len(ids) for ids in tokens))
+    ids = torch.full((len(tokens), longest), pad_id)
+    mask = torch.zeros((len(tokens), longest), dtype=torch.long)
+    for row, each in enumerate(tokens):
+        ids[row, : len(each)] = torch.tensor(each, dtype=torch.long)
+        mask[row, : len(each)] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def batches(tokens: Tokens, budget: int = 4096) -> Iterator[list[int]]:
+    """Indices of rows of similar length, longest first, so many that the padded batch keeps within ``budget`` tokens."""
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    start = 0
+    while start < len(order):
+        size = max(1, budget // max(1, len(tokens[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+@torch.inference_mode()
+def features(
+    model: nn.Module, tokens: Tokens, pad_id: int, pooling: str, adapter: str | None = None
+) -> Float[Tensor, "texts width"]:
+    """Pooled hidden states of every text, from the bare base or through an adapter."""
+    rows: list[Tensor] = [torch.empty(0)] * len(tokens)
+    device = next(model.parameters()).device
+    base = getattr(model, "base_model", model)
+    for index in batches(tokens):
+        batch = pad([tokens[i] for i in index], pad_id, device)
+        if hasattr(model, "infuse"):
+            with route(model, adapter):
+                out = base(**batch)
+        else:
+            out = base(**batch)
+        for i, row in zip(index, pool(out["last_hidden_state"], batch["attention_mask"], pooling), strict=True):
+            rows[i] = row.cpu()
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def probabilities(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -> np.ndarray:
+    """Probability of each of the adapter's labels for every text, (texts, labels)."""
+    head = head_of(model, adapter)
+    result = np.zeros((len(tokens), len(head.labels)))
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    for index in batches(tokens):
+        batch = pad([tokens[i] for i in index], pad_id, device)
+        with route(model, adapter):
+            out = model(**batch)
+        result[index] = head.probabilities(apply(head, out, batch["attention_mask"])).cpu().double().numpy()
+    model.train(training)
+    return result

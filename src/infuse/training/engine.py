@@ -1,0 +1,182 @@
+"""The pieces that transformers' Trainer works with: model, batches, sampler, checkpoints of what is trained."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from infuse.errors import InfuseError
+from infuse.heads import Head, apply
+from infuse.model import store_of
+from infuse.texts import Tokens, pad
+from infuse.training.settings import Settings
+
+WEIGHTS = "trained.safetensors"
+
+
+class TextClassifier(nn.Module):
+    """An adapted model under its adapter's head, with the loss that Trainer expects.
+
+    The frozen trunk runs in eval mode unless ``trunk_dropout``: dropout in layers that do not learn only adds noise.
+    """
+
+    def __init__(self, model: nn.Module, name: str, settings: Settings, weights: Tensor | None = None):
+        super().__init__()
+        self.model = model
+        self.store = [store_of(model)]  # in a list, lest it be registered twice
+        self.adapter = self.store[0][name]
+        assert isinstance(self.adapter.head, Head)
+        self.head = [self.adapter.head]
+        self.whole = settings.trunk_dropout or self.adapter.method.unfreezes
+        self.smoothing = settings.label_smoothing
+        self.register_buffer("class_weights", weights, persistent=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        head = self.head[0]
+        logits = apply(head, out, attention_mask)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": head.loss(logits, labels, self.class_weights, self.smoothing), "logits": logits}
+
+    def train(self, mode: bool = True) -> "TextClassifier":
+        self.training = mode
+        self.model.train(mode and self.whole)
+        self.store[0].train(mode)
+        return self
+
+
+class Encoded(Dataset):
+    """Tokenised rows with their targets: class indices, or 0/1 vectors for multi-label data."""
+
+    def __init__(self, tokens: Tokens, targets: Tensor):
+        self.tokens = tokens
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[list[int], Tensor]:
+        return self.tokens[index], self.targets[index]
+
+    def sorted(self) -> "Encoded":
+        """The same rows, longest first, so that batches in order are nearly free of padding."""
+        order = sorted(range(len(self)), key=lambda i: -len(self.tokens[i]))
+        return Encoded([self.tokens[i] for i in order], self.targets[order])
+
+
+class Collate:
+    """Rows to a padded batch."""
+
+    def __init__(self, pad_id: int):
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[tuple[list[int], Tensor]]) -> dict[str, Tensor]:
+        tokens, targets = zip(*rows, strict=True)
+        return pad(tokens, self.pad_id) | {"labels": torch.stack(targets)}
+
+
+class Buckets(Sampler[int]):
+    """Shuffled rows in batches of similar length: sorted within buckets of 50 batches, the batches shuffled again.
+
+    The order is a function of the seed and the epoch alone, so that a resumed run sees the same batches.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, seed: int, batches: int = 50):
+        self.lengths = [len(ids) for ids in tokens]
+        self.batch_size = batch_size
+        self.bucket = batches * batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        batches = []
+        for start in range(0, len(order), self.bucket):
+            bucket = sorted(order[start : start + self.bucket], key=self.lengths.__getitem__)
+            batches += [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
+        full = [b for b in batches if len(b) == self.batch_size]
+        rest = [b for b in batches if len(b) < self.batch_size]  # a short batch in the middle would shift all others
+        for i in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[i]
+        for batch in rest:
+            yield from batch
+
+
+class AdapterTrainer(Trainer):
+    """Trainer that buckets by length, gives the head its own learning rate, and checkpoints only what is trained."""
+
+    def __init__(self, *, settings: Settings, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.settings = settings
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        dataset: Any = train_dataset or self.train_dataset
+        return Buckets(dataset.tokens, self.settings.batch_size, self.settings.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.settings)  # type: ignore[arg-type]  # a TextClassifier
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: p.detach().contiguous() for n, p in trained(self.model)}, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in trained(self.model):
+                parameter.copy_(state[name])
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+class NaNGuard(TrainerCallback):
+    """Stops a run whose loss is no longer a number, with advice."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        for key in ("loss", "grad_norm"):
+            value = (logs or {}).get(key)
+            if value is not None and not math.isfinite(value):
+                raise InfuseError(
+                    f"The {'loss' if key == 'loss' else 'gradient'} became {value} at step {state.global_step}: "
+                    "lower --learning-rate (a tenth of it is a good next try) or raise --warmup; nothing was saved."
+                )
+
+
+def trained(model: Any) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of everything that gets gradients."""
+    return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+
+def parameter_groups(model: TextClassifier, settings: Settings) -> list[dict[str, Any]]:
+    """Deltas and head at their learning rates; weight decay on matrices only."""
+    head = {id(p) for m in (model.adapter.head, model.adapter.copies) if m is not None for p in m.parameters()}
+    rate = settings.learning_rate or model.adapter.method.learning_rate
+    rates = {False: rate, True: settings.head_learning_rate}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for _, parameter in trained(model):
+        groups.setdefault((id(parameter) in head, parameter.dim() > 1), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[is_head], "weight_decay": settings.weight_decay if matrix else 0.0}
+        for (is_head, matrix), parameters in groups.items()
+    ]

@@ -1,0 +1,203 @@
+"""Train one adapter on labelled rows."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from infuse.adapter import Adapter
+from infuse.bases import BaseModel
+from infuse.data import Rows
+from infuse.errors import InfuseError, listed
+from infuse.heads import Head
+from infuse.method import make
+from infuse.model import attach
+from infuse.texts import features, tokenize
+from infuse.training.engine import WEIGHTS, AdapterTrainer, Buckets, Collate, Encoded, NaNGuard, TextClassifier
+from infuse.training.metrics import decide, overall
+from infuse.training.settings import Settings
+
+_DONE = "trainer_state.json"
+
+
+@dataclass
+class Fitted:
+    """What :func:`fit` leaves: the adapter (attached and active), and the course of its training."""
+
+    adapter: Adapter
+    labels: tuple[str, ...]
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One entry per logged step or evaluation, as Trainer logs them: epoch, step, loss, eval_accuracy, …"""
+    resumed: bool = False
+
+
+def fit(
+    base: BaseModel,
+    train: Rows,
+    validation: Rows | None,
+    settings: Settings,
+    *,
+    name: str = "default",
+    checkpoints: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fitted:
+    """Attach an adapter with a head to ``base`` and train both; the best epoch on validation is kept.
+
+    Args:
+        base: the loaded base; it stays as it is, except under ``method: full``.
+        train, validation: the rows; without validation the last state is kept and nothing stops early.
+        settings: how to train.
+        name: the adapter's name.
+        checkpoints: a folder for the state after every epoch; if it holds states of an interrupted run, training goes on
+            from the newest whole one and ends with the same weights as an uninterrupted run.
+        callbacks: more callbacks of Trainer, for progress.
+    Raises:
+        InfuseError: settings that cannot work, labels in validation that training lacks, a loss that is not finite.
+    """
+    settings.check()
+    labels = train.label_set
+    if len(labels) < 2:
+        raise InfuseError(f"Training needs at least two labels, but the rows have {listed(labels)}.")
+    set_seed(settings.seed)
+    method = make(settings.method)
+    adapter = attach(base.model, method, name, layers=settings.layers)
+    adapter.head = Head(settings.head, labels, base.width, base.pooling, train.multi)
+    adapter.head.to(next(base.model.parameters()).device)
+    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+    encoded = encode(base, train, labels, settings.max_length)
+    held_out = None if validation is None else encode(base, validation, labels, settings.max_length).sorted()
+    if settings.head == "cosine":
+        pooled = features(base.model, encoded.tokens, pad_id, base.pooling)
+        adapter.head.start_at(pooled, one_hot(encoded.targets, len(labels)))
+    weights = class_weights(encoded.targets, len(labels)) if settings.class_weights else None
+    model = TextClassifier(base.model, name, settings, weights)
+
+    with _folder(checkpoints) as folder:
+        trainer = AdapterTrainer(
+            settings=settings,
+            model=model,
+            args=_arguments(settings, folder, len(encoded), held_out is not None),
+            train_dataset=encoded,
+            eval_dataset=held_out,
+            data_collator=Collate(pad_id),
+            compute_metrics=lambda out: overall(out.label_ids, _decided(out.predictions, train.multi)),
+            callbacks=[NaNGuard(), *_early_stopping(settings, held_out is not None), *callbacks],
+        )
+        trainer.remove_callback(_printer(trainer))
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            trainer._load_from_checkpoint(str(newest))
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        model.eval()
+        base.model.eval()
+        return Fitted(adapter, tuple(labels), list(trainer.state.log_history), newest is not None)
+
+
+def encode(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
+    """Tokens and targets of labelled rows; an error for labels that are not among ``labels``."""
+    index = {label: i for i, label in enumerate(labels)}
+    unseen = sorted({label for row in rows.label_sets() for label in row} - index.keys())
+    if unseen:
+        raise InfuseError(f"The labels {listed(unseen)} do not occur in the training rows; add rows or drop them.")
+    if rows.multi:
+        targets = torch.zeros(len(rows), len(labels))
+        for i, row in enumerate(rows.label_sets()):
+            targets[i, [index[label] for label in row]] = 1
+    else:
+        targets = torch.tensor([index[row[0]] for row in rows.label_sets()])
+    return Encoded(tokenize(base.tokenizer, rows.texts, max_length), targets)
+
+
+def one_hot(targets: Tensor, count: int) -> Tensor:
+    """0/1 per label, from class indices or from what is 0/1 already."""
+    return targets if targets.dim() == 2 else torch.nn.functional.one_hot(targets, count).float()
+
+
+def class_weights(targets: Tensor, count: int) -> Tensor:
+    """Inverse frequencies: mean 1 over the rows (single-label), or negatives per positive (multi-label)."""
+    frequency = one_hot(targets, count).sum(0).clamp(min=1)
+    if targets.dim() == 2:
+        return ((len(targets) - frequency) / frequency).clamp(1, 100)
+    return len(targets) / (count * frequency)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole state in a folder; Trainer writes ``trainer_state.json`` last."""
+    whole = [p for p in folder.glob("checkpoint-*") if (p / WEIGHTS).exists() and _readable(p / _DONE)]
+    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        return bool(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def _folder(checkpoints: Path | None):
+    if checkpoints is not None:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        yield checkpoints
+        return
+    temporary = Path(tempfile.mkdtemp(prefix="infuse-"))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _arguments(settings: Settings, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:
+    logging.set_verbosity_error()
+    steps = max(1, -(-rows // settings.batch_size))
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=4 * settings.batch_size,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=int(settings.warmup * steps * settings.epochs),
+        max_grad_norm=settings.clip,
+        eval_strategy="epoch" if evaluates else "no",
+        save_strategy="epoch",
+        save_total_limit=2,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="macro_f1",
+        greater_is_better=True,
+        logging_steps=max(1, steps // 10),
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=settings.seed,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _early_stopping(settings: Settings, evaluates: bool) -> list[TrainerCallback]:
+    return [EarlyStoppingCallback(settings.patience)] if evaluates and settings.patience else []
+
+
+def _printer(trainer: AdapterTrainer) -> type[TrainerCallback]:
+    """Trainer's own printing of logs, which our progress replaces."""
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+def _decided(logits: np.ndarray, multi: bool) -> np.ndarray:
+    return decide(1 / (1 + np.exp(-logits)) if multi else logits, multi)
+
+
+__all__ = ["Buckets", "Fitted", "class_weights", "encode", "fit", "newest_checkpoint", "one_hot"]

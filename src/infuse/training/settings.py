@@ -1,0 +1,67 @@
+"""The settings of a training run that do not depend on its data."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from infuse.errors import InfuseError
+
+
+@dataclass
+class Settings:
+    """How one adapter is trained."""
+
+    method: str = "ia3"
+    """The method and its settings: ia3, lora, lora:rank=4,alpha=8, …; or the baselines head and full."""
+    layers: str = "all"
+    """Which layers to adapt: all, last:2, first:2, or indices such as 0,3."""
+    head: Literal["cosine", "linear", "hf"] = "cosine"
+    """cosine: started at the class centroids; linear: started at zero; hf: the transformers model's own."""
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """How token vectors become one vector; auto: what the base says, else by its architecture."""
+    epochs: int = 6
+    """Passes over the training rows; the best one on validation is kept."""
+    batch_size: int = 32
+    """Rows per optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate; by default the method's own."""
+    head_learning_rate: float = 3e-3
+    """Peak learning rate of the head, where it is not the method's."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Decay of the learning rate after warm-up."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, on matrices only."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all labels."""
+    class_weights: bool = False
+    """Weigh labels by the inverse of their frequency."""
+    patience: int = 3
+    """Stop after so many epochs without a better macro-F1 on validation; 0 never stops early."""
+    trunk_dropout: bool = False
+    """Keep the base model's dropout on while training (full fine-tuning always does)."""
+    max_length: int = 128
+    """Tokens per text; longer texts are cut."""
+    seed: int = 0
+    """Seed of the parameters, the order of the rows, and the validation split."""
+
+    def check(self) -> None:
+        """Raise :class:`InfuseError` for a value that cannot work."""
+        for name, low, high in (
+            ("epochs", 1, 10_000),
+            ("batch_size", 1, 100_000),
+            ("max_length", 4, 1_000_000),
+            ("warmup", 0, 1),
+            ("label_smoothing", 0, 0.999),
+            ("patience", 0, 10_000),
+            ("clip", 0, float("inf")),
+            ("weight_decay", 0, 10),
+            ("head_learning_rate", 1e-9, 10),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InfuseError(f"{name} must lie between {low} and {high:g}, not {value}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
+            raise InfuseError(f"learning_rate must be positive and at most 10, not {self.learning_rate}.")
