@@ -42,4 +42,6 @@ def compare(case: str, single: dict[str, Tensor], double: dict[str, Tensor]) -> 
         rounding = (actual - double[name].reshape(value.shape)).abs().max().item()
         bound = 1e-5 * max(1.0, value.abs().max().item())
         worst = (actual - value).abs().max().item()
-        assert worst <= bound + 3 * rounding, f"{name} is off by {worst:.1e}; bound {bound:.1e}, rounding {rounding:.1e}"
+        assert worst <= bound + 3 * rounding, (
+            f"{name} is off by {worst:.1e}; bound {bound:.1e}, rounding {rounding:.1e}"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ def test_sample_counts(sample):
 def test_sample_rows_are_shuffled(sample):
     labels = sample.train.labels
     assert labels is not None
-    assert sum(one == two for one, two in zip(labels, labels[1:], strict=False)) < len(labels) / 10
+    assert sum(one == two for one, two in pairwise(labels)) < len(labels) / 10
 
 
 def test_sample_texts_differ(sample):

@@ -16,7 +16,7 @@ from infuse.data import Rows, load_splits, read
 
 
 class Label:
-    names = ["card_lost", "pin_lost"]
+    names = ("card_lost", "pin_lost")
 
 
 class ListOfLabels:
@@ -141,7 +141,7 @@ def test_load_splits_takes_the_parts_of_a_folder(tmp_path):
     for i, split in enumerate(("train", "validation", "test")):
         write(tmp_path / f"{split}.csv", table(many(10, 10 * i)))
     splits, warnings = load_splits(tmp_path)
-    assert ([*splits.validation.texts][0], len(splits.train), warnings) == ("text 10", 10, [])
+    assert (splits.validation.texts[0], len(splits.train), warnings) == ("text 10", 10, [])
     assert splits.test == read(tmp_path, split="test")
     given_test, _ = load_splits(tmp_path, validation=tmp_path / "test.csv")
     assert given_test.validation == splits.test

@@ -5,11 +5,12 @@ from infuse.arch import Part as Part
 from infuse.arch import Stack as Stack
 from infuse.checkpoint import load as load
 from infuse.checkpoint import save as save
+from infuse.classifier import Classifier as Classifier
 from infuse.errors import InfuseError as InfuseError
 from infuse.method import Method as Method
 from infuse.method import make as make
-from infuse.method import registry as registry
 from infuse.method import register as register
+from infuse.method import registry as registry
 from infuse.methods.ia3 import IA3 as IA3
 from infuse.methods.lora import LoRA as LoRA
 from infuse.model import activate as activate

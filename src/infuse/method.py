@@ -63,20 +63,22 @@ class Method(ABC):
         """Fresh parameters of one delta at ``site``, in float32, drawn from torch's global generator."""
 
     @abstractmethod
-    def forward(self, p: Params, **given: Any) -> Tensor:
+    def forward(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
         """The new activation, (..., width), for one adapter with parameters ``p``."""
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Fresh parameters that all deltas of one adapter share; they reach ``forward`` in ``p`` too."""
         return {}
 
-    def prepare(self, p: Params, **given: Any) -> Params:
+    def prepare(self, p: Params, *args: Any, **kwargs: Any) -> Params:
         """What depends on the parameters alone: computed once per adapter and call, not once per row."""
         return p
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
         """The (weight, bias) that give the adapted activation without the delta; only if ``mergeable``."""
-        raise InfuseError(f"{type(self).__name__} depends on its input in a way that no weight holds: it can't be merged.")
+        raise InfuseError(
+            f"{type(self).__name__} depends on its input in a way that no weight holds: it can't be merged."
+        )
 
     def to_peft(self, made: "Mapping[str, Method]", sites: Mapping[str, list[Site]]) -> dict[str, Any]:
         """The method's entries of PEFT's config; module path → the method there, and module path → its sites."""
@@ -179,7 +181,8 @@ def spelled(method: Method) -> str:
 def _keywords(function: Any) -> frozenset[str]:
     """Names of the arguments after ``self`` and ``p``."""
     names = list(inspect.signature(function).parameters.values())[2:]
-    return frozenset(p.name for p in names if p.kind is not inspect.Parameter.VAR_KEYWORD)
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(p.name for p in names if p.kind not in kinds)
 
 
 def _setting(item: str) -> tuple[str, Any]:

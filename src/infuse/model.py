@@ -1,7 +1,7 @@
 """The core: attach · detach · activate · route · merge · unmerge · summary. The only code that touches a model.
 
-Everything that Infuse adds hangs under one child module, ``model.infuse``. The base model's modules, parameter names and
-values stay as they are; adapters act through forward hooks.
+Everything that Infuse adds hangs under one child module, ``model.infuse``. The base model's modules, parameter names
+and values stay as they are; adapters act through forward hooks.
 """
 
 import hashlib
@@ -157,7 +157,8 @@ def attach(
         InfuseError: the name is taken or malformed, the architecture or a role is unknown, no site matches.
     """
     method = make(method)
-    sites = model.infuse.sites if _has_store(model) else find_sites(model, arch)
+    store = _store(model)
+    sites = store.sites if store else find_sites(model, arch)
     chosen = select(sites, method.roles, layers)
     return attach_at(model, build(name, method, chosen), arch=arch, trained=trained)
 
@@ -168,17 +169,18 @@ def attach_at(
     """Hang a built adapter into a model; all checks come before the first change."""
     name = adapter.name
     _check_name(name)
-    if _has_store(model) and name in model.infuse.adapters:
+    store = _store(model)
+    if store and name in store.adapters:
         raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
-    if _has_store(model) and model.infuse.merged is not None:
-        raise InfuseError(f"Adapter {model.infuse.merged!r} is merged into the base; call infuse.unmerge(model) first.")
+    if store and store.merged is not None:
+        raise InfuseError(f"Adapter {store.merged!r} is merged into the base; call infuse.unmerge(model) first.")
+    if store and any(a.method.unfreezes for a in (adapter, *map(store.__getitem__, store.adapters))):
+        raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
     own = copies(model, classification_head(model) if trained is None else trained)
-    if not _has_store(model):
-        model.infuse = Infused(model, arch or arch_of(model))
+    if store is None:
+        store = model.infuse = Infused(model, arch or arch_of(model))
         for parameter in _base_parameters(model):
             parameter.requires_grad_(adapter.method.unfreezes)
-    store = model.infuse
-    assert isinstance(store, Infused)
     adapter.copies.update(own)
     adapter.train(model.training)
     store.adapters[name] = adapter
@@ -215,7 +217,7 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 
 @contextmanager
-def route(model: nn.Module, names: str | None | Sequence[str | None]) -> Iterator[None]:
+def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
     """Within the block, forward calls of this thread use these adapters.
 
     Args:
@@ -239,7 +241,9 @@ def merge(model: nn.Module, name: str) -> None:
     if store.merged is not None:
         raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
     if not adapter.method.mergeable:
-        raise InfuseError(f"{type(adapter.method).__name__} can't be merged: its delta depends on the input, not on a weight.")
+        raise InfuseError(
+            f"{type(adapter.method).__name__} can't be merged: its delta depends on the input, not on a weight."
+        )
     with torch.no_grad():
         for site in adapter.sites.values():
             weight, bias = _merged(adapter, site)
@@ -283,7 +287,9 @@ class Summary:
         lines = [f"base model: {self.base:,} parameters, frozen"]
         for name, roles in self.adapters.items():
             inside = self.deltas(name)
-            lines.append(f"{name}: {inside:,} parameters in the transformer ({100 * inside / max(1, self.base):.3f} % of base)")
+            lines.append(
+                f"{name}: {inside:,} parameters in the transformer ({100 * inside / max(1, self.base):.3f} % of base)"
+            )
             lines += [f"  {role:<24}{count:>12,}" for role, count in roles.items()]
         return "\n".join(lines)
 
@@ -303,8 +309,9 @@ def summary(model: nn.Module) -> Summary:
     return Summary(sum(p.numel() for p in _base_parameters(owner_of(model))), counts)
 
 
-def _has_store(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "infuse", None), Infused)
+def _store(model: nn.Module) -> Infused | None:
+    store = getattr(model, "infuse", None)
+    return store if isinstance(store, Infused) else None
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -87,7 +87,7 @@ def use(store: Routed, route: Route) -> Iterator[None]:
         _CALLS.routes = outer
 
 
-def route_of(names: "str | None | Sequence[str | None]", known: Sequence[str]) -> Route:
+def route_of(names: str | Sequence[str | None] | None, known: Sequence[str]) -> Route:
     """A route from one name or from a name per row; a uniform one becomes that single name."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
     for name in rows:

@@ -111,9 +111,10 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     if not roles:
         return []
     wanted = set(roles) | {f"cross_{r}" for r in roles}
-    chosen = [s for s in sites if s.role in wanted and s.layer in _layer_indices(sites, s.stack, layers)]
-    if not chosen:
-        raise InfuseError(f"No layer matches layers={layers!r}; this model has layers 0 to {max(s.layer for s in sites)}.")
+    asked = {stack: _layer_indices(sites, stack, layers) for stack in {s.stack for s in sites}}
+    chosen = [s for s in sites if s.role in wanted and s.layer in asked[s.stack]]
+    if not chosen or set().union(*asked.values()) - {s.layer for s in sites}:
+        raise InfuseError(f"layers={layers!r} does not fit; this model has layers 0 to {max(s.layer for s in sites)}.")
     return chosen
 
 

@@ -1,6 +1,7 @@
 """From texts to tokens, features, and probabilities: inference with adapted models, in length-sorted batches."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infuse.heads import apply, head_of, pool
 from infuse.model import route
+from infuse.sites import model_type
 
 Tokens = list[list[int]]
 
@@ -17,7 +19,8 @@ Tokens = list[list[int]]
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
     """Token ids of every text, special tokens included, cut at ``max_length``."""
     limit = min(max_length, tokenizer.model_max_length)
-    return tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)["input_ids"]  # type: ignore[return-value]
+    encoded: Any = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)
+    return encoded["input_ids"]
 
 
 def pad(tokens: Sequence[list[int]], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -32,7 +35,7 @@ def pad(tokens: Sequence[list[int]], pad_id: int, device: torch.device | str = "
 
 
 def batches(tokens: Tokens, budget: int = 4096) -> Iterator[list[int]]:
-    """Indices of rows of similar length, longest first, so many that the padded batch keeps within ``budget`` tokens."""
+    """Indices of rows of similar length, longest first; a padded batch holds at most ``budget`` tokens."""
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     start = 0
     while start < len(order):
@@ -48,7 +51,7 @@ def features(
     """Pooled hidden states of every text, from the bare base or through an adapter."""
     rows: list[Tensor] = [torch.empty(0)] * len(tokens)
     device = next(model.parameters()).device
-    base = getattr(model, "base_model", model)
+    base = trunk(model)
     for index in batches(tokens):
         batch = pad([tokens[i] for i in index], pad_id, device)
         if hasattr(model, "infuse"):
@@ -59,6 +62,12 @@ def features(
         for i, row in zip(index, pool(out["last_hidden_state"], batch["attention_mask"], pooling), strict=True):
             rows[i] = row.cpu()
     return torch.stack(rows)
+
+
+def trunk(model: nn.Module) -> Any:
+    """The part of a model that gives hidden states of a text: below its head, and of T5 the encoder."""
+    base: Any = getattr(model, "base_model", model)
+    return base.get_encoder() if model_type(base) in ("t5", "mt5") and hasattr(base, "decoder") else base
 
 
 @torch.inference_mode()

@@ -65,6 +65,7 @@ def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[s
         "inference_mode": True,
         "target_modules": sorted(made),
         "modules_to_save": sorted(p.replace("/", ".") for p in adapter.copies) or None,
+        "fan_in_fan_out": any(site.transposed for site in adapter.sites.values()),
         **usual.to_peft(made, by_module(adapter.sites.values())),
     }
     return tensors, config
@@ -84,8 +85,8 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     grouped, rest = modules(model, cls, tensors)
     if not grouped:
         raise InfuseError(
-            f"None of the file's tensors fits {type(model).__name__} (the first is {next(iter(tensors), 'missing')!r}): "
-            "the adapter was made for another architecture."
+            f"None of the file's tensors fits {type(model).__name__} (the first is {next(iter(tensors), '')!r}); "
+            "use the architecture that it was made for."
         )
     deltas = []
     for path, found in grouped.items():
@@ -102,7 +103,12 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     base = {"name": str(config.get("base_model_name_or_path") or "an unnamed base"), "type": "", "digest": ""}
     method = replace(deltas[0][1], roles=tuple(r for r in ROLES if r in roles))
     common = Counter(replace(m, roles=method.roles) for _, m, _ in deltas).most_common(1)[0][0]
-    return Bundle(common, [(s, replace(m, roles=common.roles), p) for s, m, p in deltas], copies=heads(model, rest, config.get("modules_to_save")), base=base)
+    return Bundle(
+        common,
+        [(s, replace(m, roles=common.roles), p) for s, m, p in deltas],
+        copies=heads(model, rest, config.get("modules_to_save")),
+        base=base,
+    )
 
 
 def modules(
@@ -128,9 +134,7 @@ def modules(
     return grouped, rest
 
 
-def heads(
-    model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | None
-) -> dict[str, dict[str, Tensor]]:
+def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | None) -> dict[str, dict[str, Tensor]]:
     """Tensors of trained copies, by module of the model; a head that this model has no module for is left out.
 
     PEFT strips ``modules_to_save.<adapter>.`` from the keys, so that ``classifier.weight`` remains; ``saved`` is the
@@ -174,4 +178,3 @@ def _fused(adapter: Adapter, sites: list[Site]) -> tuple[Method, Params]:
     if len(sites) == 1 and sites[0].whole:
         return delta.method, adapter.params(sites[0])
     return delta.method.fuse([(site, adapter.params(site)) for site in sites])
-

@@ -1,7 +1,6 @@
 """What adapters are measured against: a head alone on the frozen base, and fine-tuning of everything."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +14,8 @@ class _NoDelta(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {}
 
-    def forward(self, p: Params, **given: Any) -> Tensor:
-        return given["h"]
+    def forward(self, p: Params, h: Tensor) -> Tensor:
+        return h
 
 
 @register_baseline

@@ -44,10 +44,7 @@ class IA3(Method):
         return weight * p["l"][:, None], None if bias is None else bias * p["l"]
 
     def to_peft(self, made: Mapping[str, Method], sites: Mapping[str, list[Site]]) -> dict[str, Any]:
-        return {
-            "feedforward_modules": sorted(path for path in made if sites[path][0].side == "input"),
-            "fan_in_fan_out": any(site.transposed for on in sites.values() for site in on),
-        }
+        return {"feedforward_modules": sorted(path for path in made if sites[path][0].side == "input")}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], path: str) -> "IA3":

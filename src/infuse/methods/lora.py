@@ -22,7 +22,7 @@ from infuse.sites import Site
 class LoRA(Method):
     """LoRA: ``h' = h + s·B·A·x`` with ``s = α/r``, or ``α/√r`` when rank-stabilised.
 
-    ``A`` (r, in) starts Kaiming-uniform with a = √5 and ``B`` (out, r) at zero. Hu et al. 2021, arXiv:2106.09685; rsLoRA:
+    ``A`` (r, in) starts Kaiming-uniform with a = √5, ``B`` (out, r) at zero. Hu et al. 2021, arXiv:2106.09685; rsLoRA:
     Kalajdzievski 2023, arXiv:2312.03732. With ``dora`` the adapted weight ``V = W + s·B·A`` is renormalised row by row
     to a learned magnitude ``m``, started at ‖W‖: ``h' = (m / ‖V‖) ⊙ V·x + b``, the norm held constant in the gradient.
     Liu et al. 2024, arXiv:2402.09353, §4.3.
@@ -102,7 +102,6 @@ class LoRA(Method):
             "use_rslora": self.rslora,
             "use_dora": self.dora,
             "bias": "none",
-            "fan_in_fan_out": any(site.transposed for on in sites.values() for site in on),
         }
 
     @classmethod
@@ -127,8 +126,7 @@ class LoRA(Method):
             "B": p["B"].new_zeros(site.out_features, k * self.rank),
         }
         if self.dora:
-            weight: Any = site.module.weight
-            whole["m"] = (weight.T if site.transposed else weight).detach().float().norm(dim=1)
+            whole["m"] = replace(site, start=0, stop=site.out_features).weight.detach().float().norm(dim=1)
         for i, (site, p) in enumerate(slices):
             rows = slice(site.start, site.stop)
             whole["B"][rows, i * self.rank : (i + 1) * self.rank] = p["B"].detach()
@@ -146,12 +144,9 @@ class LoRA(Method):
 
 
 # PEFT options that change the maths or the base weights, and the values that do not.
-_PEFT_EXTRAS = {
+_OTHERS = """lora_bias use_qalora use_bdlora alora_invocation_tokens arrow_config velora_config kasa_config
+    monteclora_config target_parameters trainable_token_indices layer_replication"""
+_PEFT_EXTRAS = dict.fromkeys(_OTHERS.split(), ()) | {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-    **dict.fromkeys(
-        ("lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config",
-         "kasa_config", "monteclora_config", "target_parameters", "trainable_token_indices", "layer_replication"),
-        (),
-    ),
-}  # fmt: skip
+}

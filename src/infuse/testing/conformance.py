@@ -1,8 +1,8 @@
 """The conformance suite: what holds for every method on every architecture.
 
-Each check takes a method and the name of an architecture (or a function that makes a model) and asserts one law. Methods
-start at the identity or elsewhere; :func:`wake` moves their parameters away from the start, so that a check sees a delta
-that does something.
+Each check takes a method and the name of an architecture (or a function that makes a model) and asserts one law.
+Methods start at the identity or elsewhere; :func:`wake` moves their parameters away from the start, so that a check
+sees a delta that does something.
 """
 
 import copy

@@ -35,6 +35,7 @@ class TextClassifier(nn.Module):
         self.head = [self.adapter.head]
         self.whole = settings.trunk_dropout or self.adapter.method.unfreezes
         self.smoothing = settings.label_smoothing
+        self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +57,8 @@ def fit(
         train, validation: the rows; without validation the last state is kept and nothing stops early.
         settings: how to train.
         name: the adapter's name.
-        checkpoints: a folder for the state after every epoch; if it holds states of an interrupted run, training goes on
-            from the newest whole one and ends with the same weights as an uninterrupted run.
+        checkpoints: a folder for the state after every epoch; if it holds states of an interrupted run, training goes
+            on from the newest whole one and ends with the same weights as an uninterrupted run.
         callbacks: more callbacks of Trainer, for progress.
     Raises:
         InfuseError: settings that cannot work, labels in validation that training lacks, a loss that is not finite.
@@ -76,7 +75,7 @@ def fit(
     pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     encoded = encode(base, train, labels, settings.max_length)
     held_out = None if validation is None else encode(base, validation, labels, settings.max_length).sorted()
-    if settings.head == "cosine":
+    if settings.head != "hf":
         pooled = features(base.model, encoded.tokens, pad_id, base.pooling)
         adapter.head.start_at(pooled, one_hot(encoded.targets, len(labels)))
     weights = class_weights(encoded.targets, len(labels)) if settings.class_weights else None

@@ -42,6 +42,8 @@ class Settings:
     """Stop after so many epochs without a better macro-F1 on validation; 0 never stops early."""
     trunk_dropout: bool = False
     """Keep the base model's dropout on while training (full fine-tuning always does)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of the frozen trunk; auto takes bf16 where it is faster. Adapter and head stay in fp32."""
     max_length: int = 128
     """Tokens per text; longer texts are cut."""
     seed: int = 0

@@ -1,0 +1,230 @@
+"""The command line: a sub-command per dataclass of settings. No logic here; every flag is a field."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+import yaml
+
+from infuse import console
+from infuse.bases import skeleton
+from infuse.data import read
+from infuse.errors import InfuseError, listed
+from infuse.export import merge_run
+from infuse.method import make, registry, spelled
+from infuse.model import attach, detach, summary
+from infuse.sites import find_sites
+from infuse.training.run import TrainConfig, evaluate, open_run, train
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a trained run on labelled data."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or an adapter's folder."""
+    data: str
+    """CSV, TSV, JSONL or Parquet file, folder, hub data set, or sample."""
+    split: str = "test"
+    """Which split, where the data has several."""
+    text: str = "text"
+    """Column of the texts."""
+    label: str = "label"
+    """Column of the labels."""
+    multi: bool = False
+    """Several labels a row, separated by | in CSV files."""
+    base: str | None = None
+    """The base model, if it is not found under the name used in training."""
+    format: Literal["table", "json"] = "table"
+    """How to print."""
+
+
+@dataclass
+class PredictConfig:
+    """Label texts: from the arguments, a file, or standard input (a text a line)."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or an adapter's folder."""
+    texts: tyro.conf.Positional[tuple[str, ...]] = ()
+    """The texts; without any (and without --data), they are read from standard input."""
+    data: str | None = None
+    """A CSV, TSV, JSONL or Parquet file of texts."""
+    text: str = "text"
+    """Column of the texts in --data."""
+    top_k: int = 3
+    """How many labels to give per text."""
+    format: Literal["table", "json", "csv"] = "table"
+    """How to print."""
+    base: str | None = None
+    """The base model, if it is not found under the name used in training."""
+
+
+@dataclass
+class SummaryConfig:
+    """Trained parameters of methods on a base, or of a run's adapter by role."""
+
+    target: tyro.conf.Positional[str] = "minilm"
+    """A base model (nothing is downloaded but its config), or a run folder."""
+    methods: tuple[str, ...] = ()
+    """Methods to count, e.g. ia3 lora:rank=4; all by default."""
+    layers: str = "all"
+    """Which layers to adapt."""
+
+
+@dataclass
+class SitesConfig:
+    """The sites of a base model: every role, where it is, and how wide."""
+
+    base: tyro.conf.Positional[str] = "minilm"
+    """A base model (nothing is downloaded but its config)."""
+
+
+@dataclass
+class MergeConfig:
+    """Fold a run's adapter into its base and write a plain transformers model."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder, or an adapter's folder."""
+    out: tyro.conf.Positional[Path]
+    """The folder to write."""
+    base: str | None = None
+    """The base model, if it is not found under the name used in training."""
+
+
+def _train(config: TrainConfig) -> None:
+    run = train(config, say=console.err.print, callbacks=[console.ShowProgress()])
+    console.show_run(run)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    rows = read(config.data, text=config.text, label=config.label, split=config.split, multi=config.multi)
+    measures, classes = evaluate(open_run(config.run, config.base), rows)
+    console.show_evaluation(measures, classes, len(rows), config.format)
+
+
+def _predict(config: PredictConfig) -> None:
+    if config.top_k < 1:
+        raise InfuseError(f"--top-k must be at least 1, not {config.top_k}.")
+    if config.data and config.texts:
+        raise InfuseError("Give texts either as arguments or by --data, not both.")
+    texts = config.texts
+    if config.data:
+        texts = read(config.data, text=config.text, labelled=False).texts
+    elif not texts:
+        texts = tuple(line.strip() for line in sys.stdin if line.strip())
+    if not texts:
+        raise InfuseError("There is no text to label: give texts as arguments, by --data FILE, or on standard input.")
+    predictor = open_run(config.run, config.base)
+    given = predictor.probabilities(texts)
+    console.show_predictions(texts, given, predictor.labels, config.top_k, config.format)
+
+
+def _summary(config: SummaryConfig) -> None:
+    if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
+        console.out.print(str(summary(open_run(config.target).base.model)))
+        return
+    model, rows = skeleton(config.target), []
+    total = sum(p.numel() for p in model.parameters())
+    for method in map(make, config.methods or registry()):
+        adapter = attach(model, method, "counted", layers=config.layers)
+        rows.append((spelled(method), len(adapter.sites), summary(model).deltas("counted")))
+        detach(model)
+    console.show_counts(config.target, total, rows)
+
+
+def _sites(config: SitesConfig) -> None:
+    console.show_sites(config.base, find_sites(skeleton(config.base)))
+
+
+def _merge(config: MergeConfig) -> None:
+    console.out.print(f"merged model: {merge_run(config.run, config.out, config.base)}", soft_wrap=True)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (TrainConfig, _train),
+    "evaluate": (EvaluateConfig, _evaluate),
+    "predict": (PredictConfig, _predict),
+    "summary": (SummaryConfig, _summary),
+    "sites": (SitesConfig, _sites),
+    "merge": (MergeConfig, _merge),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of ``infuse``: exit code 0, or 2 and one sentence for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = _parse(arguments)
+        run = next(run for kind, run in COMMANDS.values() if type(config) is kind)
+        run(config)
+    except InfuseError as error:
+        console.err.print(f"infuse: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.err.print("infuse: interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _parse(arguments: list[str]) -> Any:
+    choices = []
+    for name, (kind, _) in COMMANDS.items():
+        described = {"name": name, "description": kind.__doc__}
+        if name == "train" and arguments[:1] == ["train"] and (path := _option(arguments, "--config")):
+            described["default"] = _from_yaml(kind, Path(path))
+        choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
+    union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
+    return tyro.cli(
+        union,
+        prog="infuse",
+        args=arguments,
+        description="Parameter-efficient fine-tuning of text classifiers: train, measure, predict, merge.",
+    )
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == name and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(name + "="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _from_yaml(kind: type, path: Path) -> Any:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
+    known = {f.name: f for f in fields(kind)}
+    unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
+    if unknown:
+        odd = listed(unknown)
+        raise InfuseError(f"The config {path} has unknown settings ({odd}); the settings are {listed(known, 40)}.")
+    if isinstance(values.get("method"), dict):
+        values["method"] = spelled(make(values["method"]))
+    for name in ("out", "config"):
+        values[name] = Path(values[name]) if values.get(name) else None
+    for name, value in values.items():
+        default = known[name].default
+        if isinstance(default, bool | int | float | str) and type(value) is not type(default):
+            if isinstance(default, float) and isinstance(value, int):
+                values[name] = float(value)
+            elif isinstance(default, float) and isinstance(value, str):
+                values[name] = _number(name, value, path)
+            else:
+                raise InfuseError(f"{name} in {path} should be a {type(default).__name__}, not {value!r}.")
+    if isinstance(values.get("learning_rate"), str):
+        values["learning_rate"] = _number("learning_rate", values["learning_rate"], path)
+    return kind(**values)
+
+
+def _number(name: str, value: str, path: Path) -> float:
+    try:
+        return float(value)  # YAML reads 1e-3 as a string
+    except ValueError:
+        raise InfuseError(f"{name} in {path} should be a number, not {value!r}.") from None

@@ -1,0 +1,167 @@
+"""What the terminal shows: progress, tables, results. Words and numbers only; no work is done here."""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from infuse.sites import Site
+from infuse.training.run import Run
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with loss and validation macro-F1 on a terminal; a line per epoch elsewhere."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=err,
+        )  # fmt: skip
+        self.task: Any = None
+        self.loss = float("nan")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if err.is_terminal:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        note = f"loss {self.loss:.3f}  validation macro-F1 {100 * metrics['eval_macro_f1']:.1f}"
+        if self.task is not None:
+            self.progress.update(self.task, note=note)
+        else:
+            err.print(f"epoch {state.epoch:.0f}/{args.num_train_epochs:.0f}  step {state.global_step}  {note}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.stop()
+
+
+def show_run(run: Run) -> None:
+    """The result table of a run, with the baseline beside it."""
+    metrics = run.metrics
+    table = Table(title=f"{metrics['method']} on {metrics['base']}", title_justify="left")
+    for column in ("", "rows", "accuracy", "macro-F1"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("validation", "test"):
+        if name in metrics:
+            rows = f"{metrics['rows'][name]:,}"
+            table.add_row(name, rows, *_percents(metrics[name]))
+            if metrics["baseline"]:
+                table.add_row("  logistic regression, frozen base", "", *_percents(metrics["baseline"][name]))
+    out.print(table)
+    parameters = metrics["parameters"]
+    out.print(
+        f"trained {parameters['transformer']:,} parameters in the transformer ({parameters['percent_of_base']:g} % of "
+        f"the base) and {parameters['head']:,} in the head, in {metrics['seconds']:.0f} s"
+    )
+    if metrics["baseline"]:
+        gain = 100 * (metrics["validation"]["accuracy"] - metrics["baseline"]["validation"]["accuracy"])
+        verdict = "beats" if gain > 0 else "does not beat"
+        out.print(f"it {verdict} logistic regression on the frozen base on validation ({gain:+.1f} points of accuracy)")
+    out.print(
+        f"run folder: {run.folder}  (adapter/, metrics.json, per_class.csv, confusion.png, curves.png)", soft_wrap=True
+    )
+
+
+def show_predictions(
+    texts: Sequence[str], probabilities: np.ndarray, labels: Sequence[str], top_k: int, form: str
+) -> None:
+    """The ``top_k`` labels of every text with their confidence, as a table, JSON lines, or CSV."""
+    ranked = [np.argsort(-row, kind="stable")[:top_k] for row in probabilities]
+    if form == "json":
+        for text, order, row in zip(texts, ranked, probabilities, strict=True):
+            answers = [{"label": labels[i], "confidence": round(float(row[i]), 6)} for i in order]
+            sys.stdout.write(json.dumps({"text": text, "predictions": answers}, ensure_ascii=False) + "\n")
+    elif form == "csv":
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        count = len(ranked[0]) if ranked else 0
+        writer.writerow(["text", *(f"{what}_{i + 1}" for i in range(count) for what in ("label", "confidence"))])
+        for text, order, row in zip(texts, ranked, probabilities, strict=True):
+            writer.writerow([text, *(v for i in order for v in (labels[i], f"{row[i]:.6f}"))])
+        sys.stdout.write(buffer.getvalue())
+    else:
+        table = Table()
+        table.add_column("text", overflow="fold")
+        table.add_column("label", overflow="fold")
+        table.add_column("confidence", justify="right")
+        for text, order, row in zip(texts, ranked, probabilities, strict=True):
+            for rank, i in enumerate(order):
+                table.add_row(
+                    text if rank == 0 else "",
+                    str(labels[i]),
+                    f"{100 * row[i]:.1f} %",
+                    end_section=rank == len(order) - 1,
+                )
+        out.print(table)
+
+
+def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], rows: int, form: str) -> None:
+    """Overall measures, then the labels from worst to best."""
+    if form == "json":
+        sys.stdout.write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
+        return
+    table = Table(
+        title=f"{rows:,} rows: accuracy {100 * overall['accuracy']:.2f}, macro-F1 {100 * overall['macro_f1']:.2f}"
+    )
+    for column in ("label", "precision", "recall", "F1", "rows"):
+        table.add_column(column, justify="left" if column == "label" else "right", overflow="fold")
+    for row in sorted(classes, key=lambda r: r["f1"]):
+        numbers = (f"{100 * row[k]:.1f}" for k in ("precision", "recall", "f1"))
+        table.add_row(row["label"], *numbers, f"{row['rows']:.0f}")
+    out.print(table)
+
+
+def show_sites(base: str, sites: Sequence[Site]) -> None:
+    """A row per stack and role: where it is, on which side, how wide, in how many layers."""
+    table = Table(title=f"sites of {base}", title_justify="left")
+    for column in ("stack", "role", "module, below the prefix", "side", "slice", "width", "sites"):
+        table.add_column(column, justify="right" if column in ("width", "sites") else "left", overflow="fold")
+    groups: dict[tuple, list[Site]] = {}
+    for site in sites:
+        path = ".".join("*" if part.isdigit() and i < 4 else part for i, part in enumerate(site.path.split(".")))
+        groups.setdefault((site.stack, site.role, path, site.side), []).append(site)
+    for (stack, role, path, side), group in groups.items():
+        part = "" if group[0].whole else f"{group[0].start}:{group[0].stop}"
+        table.add_row(stack, role, path, side, part, str(group[0].width), str(len(group)))
+    out.print(table)
+
+
+def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, int, int]]) -> None:
+    """Method, sites and trained parameters on one base."""
+    table = Table(title=f"{base}: {parameters:,} parameters", title_justify="left")
+    for column in ("method", "sites", "trained in the transformer", "% of base"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for method, sites, count in rows:
+        table.add_row(method, str(sites), f"{count:,}", f"{100 * count / parameters:.3f}")
+    out.print(table)
+
+
+def _percents(measures: dict[str, float]) -> list[str]:
+    return [f"{100 * measures[k]:.2f}" for k in ("accuracy", "macro_f1")]

@@ -1,0 +1,34 @@
+"""A trained adapter folded into its base: a plain transformers model that needs nothing at inference."""
+
+from pathlib import Path
+from typing import Any
+
+from infuse.bases import load_base
+from infuse.checkpoint import save
+from infuse.errors import InfuseError
+from infuse.heads import Head, head_of
+from infuse.model import attach, merge, store_of
+from infuse.training.run import ADAPTER, MODEL, open_run
+
+
+def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:
+    """Write a run's merged model: ``out/model`` for transformers, ``out/adapter`` with the head alone.
+
+    ``infuse predict`` and ``infuse evaluate`` take ``out`` as they take a run folder.
+    """
+    if out.exists() and any(out.iterdir()) if out.is_dir() else out.exists():
+        raise InfuseError(f"{out} holds other files; choose an empty or new folder.")
+    predictor = open_run(run, base, precision="fp32")
+    model: Any = predictor.base.model
+    merge(model, predictor.adapter)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("infuse.")}
+    model.save_pretrained(out / MODEL, state_dict=state)
+    predictor.base.tokenizer.save_pretrained(out / MODEL)
+    head = head_of(model, predictor.adapter)
+    merged = load_base(str(out / MODEL), labels=len(head.labels) if head.kind == "hf" else None, pooling=head.pooling)
+    bare = attach(merged.model, "head", ADAPTER, trained=())
+    bare.head = Head.restore(head.settings(), head.state_dict())
+    info = store_of(model)[predictor.adapter].info
+    bare.info = info | {"run": info.get("run", {}) | {"precision": "fp32"}}
+    save(merged.model, ADAPTER, out / ADAPTER)
+    return out

@@ -1,0 +1,272 @@
+"""One run of ``infuse train``: from a data source and a base's name to a run folder."""
+
+import csv
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import TrainerCallback
+
+from infuse.bases import BaseModel, load_base
+from infuse.checkpoint import header, load, save
+from infuse.data import Rows, load_splits
+from infuse.errors import InfuseError
+from infuse.method import make
+from infuse.model import summary
+from infuse.precision import dtype_of, name_of
+from infuse.texts import probabilities, tokenize
+from infuse.training.baseline import logistic_regression
+from infuse.training.fit import encode, fit
+from infuse.training.metrics import confusion, decide, overall, per_class
+from infuse.training.plots import confusion_plot, curves_plot
+from infuse.training.settings import Settings
+
+ADAPTER = "adapter"
+_CONFIG, _METRICS, _CHECKPOINTS, MODEL = "config.yaml", "metrics.json", "checkpoints", "model"
+
+
+@dataclass
+class TrainConfig(Settings):
+    """Train one adapter and leave a run folder."""
+
+    config: Path | None = None
+    """A YAML file of these settings (the config.yaml of a run folder, say); flags go before it."""
+    data: str = "sample"
+    """A CSV, TSV, JSONL or Parquet file, a folder of splits, a hub data set, banking77, or sample (bundled)."""
+    base: str = "minilm"
+    """The base model: minilm, a folder, or a hub name such as roberta-base."""
+    out: Path | None = None
+    """The run folder; by default runs/DATA-BASE-METHOD. An interrupted run in it is resumed."""
+    validation: str | None = None
+    """Data to choose the best epoch by; by default the data's own validation split, or a part of its rows."""
+    test: str | None = None
+    """Data to report on once at the end; by default the data's own test split, if it has one."""
+    text: str = "text"
+    """Column of the texts."""
+    label: str = "label"
+    """Column of the labels."""
+    multi: bool = False
+    """Several labels a row, separated by | in CSV files (lists in JSONL and Parquet are recognised)."""
+    validation_fraction: float = 0.1
+    """Share of the rows to validate on where the data has no validation split."""
+    baseline: bool = True
+    """Fit logistic regression on frozen features as the number to beat."""
+    overwrite: bool = False
+    """Replace what the run folder holds."""
+
+    def folder(self) -> Path:
+        if self.out is not None:
+            return self.out
+        parts = (Path(self.data).stem, Path(self.base).name, make(self.method).name)
+        return Path("runs") / "-".join(part.replace("/", "-") for part in parts)
+
+
+@dataclass
+class Run:
+    """What a run found."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
+
+
+Say = Callable[[str], None]
+
+
+def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+    """Read, check, train, measure, and write the run folder.
+
+    The folder holds ``config.yaml`` (every setting, as resolved), ``adapter/``, ``metrics.json``, ``per_class.csv``,
+    ``confusion.png``, ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
+    """
+    config.check()
+    method = make(config.method)
+    folder = _prepare(config)
+    splits, warnings = load_splits(
+        config.data,
+        validation=config.validation,
+        test=config.test,
+        text=config.text,
+        label=config.label,
+        multi=config.multi,
+        validation_fraction=config.validation_fraction,
+        seed=config.seed,
+    )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    labels = splits.train.label_set
+    precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
+    count = len(labels) if config.head == "hf" else None
+    base = load_base(config.base, labels=count, pooling=config.pooling, precision=precision)
+    say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, {len(labels)} labels")
+
+    evaluated = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
+    baseline = None
+    if config.baseline:
+        baseline = logistic_regression(base, splits.train, evaluated, config.max_length)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _CONFIG).write_text(as_yaml(config))
+    started = time.perf_counter()
+    fitted = fit(
+        base, splits.train, splits.validation, config,
+        name=ADAPTER, checkpoints=folder / _CHECKPOINTS, callbacks=callbacks,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+
+    counts = summary(base.model)
+    inside = counts.base if method.unfreezes else counts.deltas(ADAPTER)
+    metrics: dict[str, Any] = {
+        "method": config.method,
+        "base": config.base,
+        "parameters": {
+            "transformer": inside,
+            "head": counts.adapters[ADAPTER].get("head", 0),
+            "base": counts.base,
+            "percent_of_base": round(100 * inside / counts.base, 4),
+        },
+        "rows": {name: len(rows) for name, rows in {"train": splits.train, **evaluated}.items()},
+        "seconds": round(seconds, 1),
+        "resumed": fitted.resumed,
+        "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
+        "baseline": baseline,
+    }
+    for name, rows in evaluated.items():
+        predicted, targets = _predict(base, rows, fitted.labels, config.max_length)
+        metrics[name] = overall(targets, predicted)
+        if name == "validation" or len(evaluated) == 1:
+            _write_classes(folder, targets, predicted, fitted.labels)
+            if not rows.multi:
+                confusion_plot(confusion(targets, predicted, len(labels)), fitted.labels, folder / "confusion.png")
+    fitted.adapter.info = {
+        "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
+        "metrics": {name: metrics[name] for name in evaluated},
+        "data": config.data,
+    }
+    _write_model(base, method.unfreezes, folder)
+    _write_curves(folder, fitted.history)
+    curves_plot(fitted.history, baseline["validation"]["macro_f1"] if baseline else None, folder / "curves.png")
+    (folder / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    return Run(folder, metrics, warnings)
+
+
+@dataclass
+class Predictor:
+    """A trained adapter over its base, ready to answer."""
+
+    base: BaseModel
+    adapter: str
+    labels: tuple[str, ...]
+    multi: bool
+    max_length: int
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """(texts, labels)"""
+        tokens = tokenize(self.base.tokenizer, texts, self.max_length)
+        pad_id = int(self.base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        return probabilities(self.base.model, tokens, pad_id, self.adapter)
+
+
+def open_run(path: str | Path, base: str | None = None, precision: str | None = None) -> Predictor:
+    """The adapter of a run folder (or an adapter's own folder), loaded onto its base.
+
+    Args:
+        path: a folder that ``infuse train`` or :meth:`Classifier.save` wrote.
+        base: the base to use, if it is not found under the name that was used in training.
+        precision: of the trunk; by default the one in which the adapter was trained and measured.
+    """
+    folder = Path(path)
+    if (folder / _CHECKPOINTS).exists():
+        raise InfuseError(f"The run in {folder} was interrupted; run the same infuse train command again to finish it.")
+    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    facts = header(adapter)
+    if facts["head"] is None:
+        raise InfuseError(f"The adapter in {adapter} has no classification head; it can't label texts.")
+    run = facts["info"].get("run", {})
+    own = folder / MODEL
+    name = base or (str(own) if own.is_dir() else run.get("base") or facts["base"]["name"])
+    head = facts["head"]
+    loaded = load_base(
+        name,
+        labels=len(head["labels"]) if head["kind"] == "hf" else None,
+        pooling=head["pooling"],
+        precision=precision or run.get("precision", "fp32"),
+    )
+    load(loaded.model, adapter, name=ADAPTER)
+    return Predictor(loaded, ADAPTER, tuple(head["labels"]), bool(head["multi"]), int(run.get("max_length", 128)))
+
+
+def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Overall measures and measures per class of a predictor on labelled rows."""
+    targets = encode(predictor.base, rows, predictor.labels, predictor.max_length).targets.numpy()
+    predicted = decide(predictor.probabilities(rows.texts), predictor.multi)
+    return overall(targets, predicted), per_class(targets, predicted, predictor.labels)
+
+
+def as_yaml(config: Any) -> str:
+    """A dataclass of settings as YAML that the command line reads back."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k != "config"}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _prepare(config: TrainConfig) -> Path:
+    folder = config.folder()
+    if folder.exists() and not folder.is_dir():
+        raise InfuseError(f"{folder} is a file; choose another --out.")
+    if config.overwrite and (folder / _CONFIG).exists():
+        shutil.rmtree(folder)
+    if (folder / _METRICS).exists():
+        raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
+    if (folder / _CHECKPOINTS).exists() and (folder / _CONFIG).exists():
+        before = yaml.safe_load((folder / _CONFIG).read_text()) or {}
+        now = yaml.safe_load(as_yaml(config))
+        changed = [k for k in now if k not in ("out", "overwrite") and before.get(k) != now[k]]
+        if changed:
+            raise InfuseError(
+                f"{folder} holds an interrupted run with other settings ({', '.join(changed)}); "
+                "repeat them to resume it, choose another --out, or pass --overwrite."
+            )
+    elif folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+        raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
+    return folder
+
+
+def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    encoded = encode(base, rows, labels, max_length)
+    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+    given = probabilities(base.model, encoded.tokens, pad_id, ADAPTER)
+    return decide(given, rows.multi), encoded.targets.numpy()
+
+
+def _write_model(base: BaseModel, whole: bool, folder: Path) -> None:
+    save(base.model, ADAPTER, folder / ADAPTER)
+    if whole:
+        model: Any = base.model
+        own = {k: v for k, v in model.state_dict().items() if not k.startswith("infuse.")}
+        model.save_pretrained(folder / MODEL, state_dict=own)
+        base.tokenizer.save_pretrained(folder / MODEL)
+
+
+def _write_classes(folder: Path, targets: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> None:
+    _write_csv(folder / "per_class.csv", per_class(targets, predicted, labels))
+
+
+def _write_curves(folder: Path, history: list[dict[str, float]]) -> None:
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy", "eval_macro_f1")
+    _write_csv(folder / "curves.csv", [{c: h.get(c, "") for c in columns} for h in history])
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.write_text(out.getvalue())

@@ -1,0 +1,75 @@
+"""What tests share: no network, a tiny base model with a real tokenizer, and a small easy task."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before the hub's client is imported
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordLevelTrainer
+from transformers import PreTrainedTokenizerFast
+
+from infuse.data import read
+from infuse.testing import tiny
+
+torch.set_num_threads(2)
+
+LABELS = ("card_lost", "loan_repay_early", "pin_forgotten", "savings_rate", "statement_download", "travel_notice")
+SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """The folder of a tiny BERT: random layers over word vectors that know the topics of the bundled sample."""
+    tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = BertNormalizer()
+    tokenizer.pre_tokenizer = BertPreTokenizer()
+    tokenizer.train_from_iterator(read("sample").texts, WordLevelTrainer(special_tokens=list(SPECIAL.values())))
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    folder = tmp_path_factory.mktemp("bases") / "tiny"
+    model = tiny("bert", vocab_size=tokenizer.get_vocab_size())
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.copy_(torch.from_numpy(word_vectors(tokenizer, 32)))
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **SPECIAL).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A CSV file with 20 rows of each of six labels of the bundled sample."""
+    return write_rows(tmp_path_factory.mktemp("data") / "toy.csv", LABELS)
+
+
+def write_rows(path: Path, labels, count: int = 20) -> Path:
+    """The first ``count`` rows of some labels of the sample, as CSV."""
+    sample = read("sample")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for name in labels:
+            own = [text for text, label in zip(sample.texts, sample.labels, strict=True) if label == name]
+            writer.writerows((text, name) for text in own[:count])
+    return path
+
+
+def word_vectors(tokenizer: Tokenizer, width: int) -> np.ndarray:
+    """Principal directions of how often each word occurs under each label: (words, width), σ = 1."""
+    sample = read("sample")
+    counts = np.zeros((tokenizer.get_vocab_size(), len(sample.label_set)), np.float32)
+    for text, label in zip(sample.texts, sample.labels, strict=True):
+        counts[list(set(tokenizer.encode(text).ids)), sample.label_set.index(label)] += 1
+    total = counts.sum(1, keepdims=True)
+    left, sizes, _ = np.linalg.svd((counts / total.clip(1) - 1 / counts.shape[1]) * np.log1p(total), False)
+    vectors = (left * sizes)[:, :width]
+    return vectors / vectors.std()

@@ -1,0 +1,54 @@
+"""The commands and snippets of the documents work as written, on the real base."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language):
+    return [
+        pytest.param(match[1], id=f"{path.name}-{i}")
+        for path in DOCUMENTS
+        for i, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S))
+    ]
+
+
+def run(command, folder, stdin=None):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_snippet(code, tmp_path):
+    run([sys.executable, "-c", code], tmp_path)
+
+
+@pytest.mark.parametrize("session", blocks("console"))
+def test_commands(session, tmp_path):
+    for line in session.splitlines():
+        assert line.startswith("$ infuse "), f"a console block holds commands of infuse: {line!r}"
+        words = shlex.split(line.removeprefix("$ infuse "))
+        out = run([sys.executable, "-c", "from infuse.cli import main; main()", *words], tmp_path)
+        assert out.strip()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_links_lead_somewhere():
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
