@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from infuse.data import read
 from infuse.testing import tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 LABELS = ("card_lost", "loan_repay_early", "pin_forgotten", "savings_rate", "statement_download", "travel_notice")
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}

@@ -38,6 +38,7 @@ class Adapter(nn.Module):
         copies: trained copies of modules of the base (a classification head of the model, say), by their path; they
             stand in for the originals, which stay as they are.
         head: pooling and classifier of this adapter, if it has one (see :mod:`infuse.heads`).
+        members: names of the adapters that a mixer mixes.
         info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
     """
 
@@ -58,11 +59,17 @@ class Adapter(nn.Module):
         self.copies = nn.ModuleDict()
         self.head: nn.Module | None = None
         self.info: dict = {}
+        self.members: tuple[str, ...] = ()
 
     def delta(self, site: Site) -> Delta | None:
         name = key(site.name)
         delta: Any = self.deltas[name] if name in self.deltas else None  # noqa: SIM401  # ModuleDict has no get
         return delta
+
+    def method_at(self, site: Site) -> Method:
+        """The settings of the delta at ``site``, which may differ from the adapter's."""
+        delta = self.delta(site)
+        return self.method if delta is None else delta.method
 
     def params(self, site: Site) -> Params:
         """Own and shared parameters of the delta at ``site``."""

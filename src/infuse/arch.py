@@ -40,8 +40,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """What is added to a sublayer's output: the input of the module at ``source`` (a path below the layer).
+
+    ``norm`` is the path of the LayerNorm that follows the addition in post-norm layers; ``None`` in pre-norm ones.
+    """
+
+    source: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
 class Stack:
     """A list of alike layers: ``layers`` is its path (``*`` stands for an index), ``roles`` the paths below a layer.
+
+    ``residuals`` says for the outputs of sublayers what is added to them.
 
     ``shared_inputs`` names the modules that also feed a tensor without batch dimension through a role's projection,
     with those of their arguments that do have one; under a mixed route such a module runs once per adapter.
@@ -50,6 +63,7 @@ class Stack:
     layers: str
     roles: Mapping[str, str | Part]
     name: str = ""
+    residuals: Mapping[str, Residual] = field(default_factory=dict)
     shared_inputs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -71,6 +85,16 @@ def _bert(query="query", key="key", value="value") -> dict[str, str]:
         "ffn_up": "intermediate.dense",
         "ffn_output": "output.dense",
     }
+
+
+def _residuals(attention: Residual, ffn: Residual, cross: Residual | None = None) -> dict[str, Residual]:
+    rows = {"attention_output": attention, "ffn_output": ffn}
+    return rows | ({"cross_attention_output": cross} if cross else {})
+
+
+_BERT_RESIDUALS = _residuals(
+    Residual("attention", "attention.output.LayerNorm"), Residual("intermediate", "output.LayerNorm")
+)
 
 
 def _t5_attention(path: str, cross: str = "") -> dict[str, str]:
@@ -98,6 +122,18 @@ def _bart_attention(path: str, cross: str = "") -> dict[str, str]:
 
 
 _BART_FFN = {"ffn_up": "fc1", "ffn_output": "fc2"}
+_BART_SELF = Residual("self_attn.q_proj", "self_attn_layer_norm")
+_BART_OUT = Residual("fc1", "final_layer_norm")
+_LLAMA = {
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "attention_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_output": "mlp.down_proj",
+}
+_PRE_NORM = _residuals(Residual("input_layernorm"), Residual("post_attention_layernorm"))
 _THIRDS = (1, 1, 1)
 _GROUPED_HEADS = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
 
@@ -107,13 +143,14 @@ def _fused(path: str, of: tuple[int | str, ...], *roles: str) -> dict[str, Part]
 
 
 ARCHS = [
-    Arch(("bert", "roberta", "xlm-roberta", "electra"), (Stack("encoder.layer", _bert()),)),
+    Arch(("bert", "roberta", "xlm-roberta", "electra"), (Stack("encoder.layer", _bert(), residuals=_BERT_RESIDUALS),)),
     Arch(
         ("deberta-v2",),
         (
             Stack(
                 "encoder.layer",
                 _bert("query_proj", "key_proj", "value_proj"),
+                residuals=_BERT_RESIDUALS,
                 # The relative position embeddings pass the query and key projections as a batch of one.
                 shared_inputs={"attention.self": ("hidden_states", "attention_mask", "query_states")},
             ),
@@ -132,6 +169,9 @@ ARCHS = [
                     "ffn_up": "ffn.lin1",
                     "ffn_output": "ffn.lin2",
                 },
+                residuals=_residuals(
+                    Residual("attention.q_lin", "sa_layer_norm"), Residual("ffn.lin1", "output_layer_norm")
+                ),
             ),
         ),
     ),
@@ -148,6 +188,9 @@ ARCHS = [
                     "ffn_up": "intermediate.dense",
                     "ffn_output": "output.dense",
                 },
+                residuals=_residuals(
+                    Residual("attention", "attention.LayerNorm"), Residual("intermediate", "output.LayerNorm")
+                ),
             ),
         ),
     ),
@@ -165,6 +208,9 @@ ARCHS = [
                     "ffn_up": "ffn",
                     "ffn_output": "ffn_output",
                 },
+                residuals=_residuals(
+                    Residual("attention", "attention.LayerNorm"), Residual("ffn", "full_layer_layer_norm")
+                ),
             ),
         ),
     ),
@@ -181,13 +227,19 @@ ARCHS = [
                     "gate_up": "mlp.Wi",
                     "ffn_output": "mlp.Wo",
                 },
+                residuals=_residuals(Residual("attn_norm"), Residual("mlp_norm")),
             ),
         ),
     ),
     Arch(
         ("t5", "mt5"),
         (
-            Stack("encoder.block", {**_t5_attention("layer.0.SelfAttention"), **_t5_ffn(1)}, "encoder"),
+            Stack(
+                "encoder.block",
+                {**_t5_attention("layer.0.SelfAttention"), **_t5_ffn(1)},
+                "encoder",
+                residuals=_residuals(Residual("layer.0.layer_norm"), Residual("layer.1.layer_norm")),
+            ),
             Stack(
                 "decoder.block",
                 {
@@ -196,17 +248,26 @@ ARCHS = [
                     **_t5_ffn(2),
                 },
                 "decoder",
+                residuals=_residuals(
+                    Residual("layer.0.layer_norm"), Residual("layer.2.layer_norm"), Residual("layer.1.layer_norm")
+                ),
             ),
         ),
     ),
     Arch(
         ("bart",),
         (
-            Stack("encoder.layers", {**_bart_attention("self_attn"), **_BART_FFN}, "encoder"),
+            Stack(
+                "encoder.layers",
+                {**_bart_attention("self_attn"), **_BART_FFN},
+                "encoder",
+                residuals=_residuals(_BART_SELF, _BART_OUT),
+            ),
             Stack(
                 "decoder.layers",
                 {**_bart_attention("self_attn"), **_bart_attention("encoder_attn", "cross_"), **_BART_FFN},
                 "decoder",
+                residuals=_residuals(_BART_SELF, _BART_OUT, Residual("encoder_attn.q_proj", "encoder_attn_layer_norm")),
             ),
         ),
         pooling="last",
@@ -223,24 +284,20 @@ ARCHS = [
                     "ffn_up": "mlp.c_fc",
                     "ffn_output": "mlp.c_proj",
                 },
+                residuals=_residuals(Residual("ln_1"), Residual("ln_2")),
             ),
         ),
         pooling="last",
     ),
+    Arch(("llama", "mistral", "qwen2", "qwen3"), (Stack("layers", _LLAMA, residuals=_PRE_NORM),), pooling="last"),
     Arch(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"),
+        # Norms before and after each sublayer: what is added to the stream is the normed output.
+        ("gemma2", "gemma3_text"),
         (
             Stack(
                 "layers",
-                {
-                    "query": "self_attn.q_proj",
-                    "key": "self_attn.k_proj",
-                    "value": "self_attn.v_proj",
-                    "attention_output": "self_attn.o_proj",
-                    "ffn_gate": "mlp.gate_proj",
-                    "ffn_up": "mlp.up_proj",
-                    "ffn_output": "mlp.down_proj",
-                },
+                _LLAMA,
+                residuals=_residuals(Residual("input_layernorm"), Residual("pre_feedforward_layernorm")),
             ),
         ),
         pooling="last",
@@ -258,6 +315,7 @@ ARCHS = [
                     "gate_up": "mlp.gate_up_proj",
                     "ffn_output": "mlp.down_proj",
                 },
+                residuals=_PRE_NORM,
             ),
         ),
         pooling="last",

@@ -73,8 +73,10 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         InfuseError: the base is not there, not readable, or the hub is out of reach.
     """
     source, dtype = locate(name), dtype_of(precision)
-    verbosity = logging.get_verbosity()
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a missing pooler or a new head is no news here
+    if Path(source).is_dir():
+        logging.disable_progress_bar()  # nothing to wait for, unlike a download
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -92,6 +94,8 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:

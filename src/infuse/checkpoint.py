@@ -20,26 +20,35 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, Delta, copies, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
-from infuse.formats import peft
+from infuse.formats import adapterhub, peft
 from infuse.formats.bundle import CONFIG, WEIGHTS, Bundle, fitted, read_json, read_tensors, write_folder
 from infuse.heads import Head
 from infuse.method import make, settings
-from infuse.model import Base, arch_of, attach_at, owner_of, store_of
+from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, detach, owner_of, store_of
 from infuse.sites import Site, find_sites, site_at
 
 HEADER = "infuse"
 _HEAD = "infuse.head."
 
 
-def save(model: nn.Module, name: str, path: str | Path) -> Path:
+def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse") -> Path:
     """Write one adapter, head included, into a folder; readers see the old or the new file, whole.
+
+    A mixer's members go into ``members/NAME`` below it.
 
     Args:
         model: the adapted model.
         name: the adapter.
         path: the folder; made if need be.
+        format: ``infuse`` (which PEFT reads where it has the method) or ``adapterhub``.
     """
     adapter = store_of(model)[name]
+    if format not in ("infuse", "adapterhub"):
+        raise InfuseError(f"Unknown format {format!r}; choose infuse or adapterhub.")
+    for member in adapter.members:
+        save(model, member, Path(path) / "members" / member, format=format)
+    if format == "adapterhub":
+        return _save_adapterhub(owner_of(model), adapter, Path(path))
     store, model = store_of(model), owner_of(model)
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
@@ -58,6 +67,7 @@ def save(model: nn.Module, name: str, path: str | Path) -> Path:
         "settings": {
             site: settings(d.method) for site in adapter.sites if (d := _delta(adapter, site)).method != adapter.method
         },
+        "members": list(adapter.members),
         "copies": [path.replace("/", ".") for path in adapter.copies],
         "base": asdict(base),
         "head": None,
@@ -93,15 +103,25 @@ def load(
         InfuseError: a file is missing, truncated, corrupt or hostile; shapes do not fit; the base is another one. The
             model is as it was.
     """
-    bundle = read(model, path, arch=arch)
-    if not any_base:
-        _check_base(model, bundle, arch)
-    return attach_bundle(model, bundle, name, arch=arch)
+    bundle = read(model, path, arch=arch, any_base=any_base)
+    have = list(store_of(model).adapters) if _attached(model) else []
+    missing = [check_name(m) for m in bundle.members if m not in have]
+    try:
+        for member in missing:
+            load(model, Path(path) / "members" / member, member, arch=arch, any_base=any_base)
+        return attach_bundle(model, bundle, name, arch=arch)
+    except InfuseError:
+        for member in missing:
+            if _attached(model) and member in store_of(model).adapters:
+                detach(model, member)
+        raise
 
 
-def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None) -> Bundle:
+def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
     """What a folder holds, matched to a model's sites; the model is not touched."""
     folder = Path(path)
+    if (folder / adapterhub.FUSION_CONFIG).is_file() or adapterhub.tensors_path(folder, adapterhub.WEIGHTS).is_file():
+        return _read_adapterhub(model, folder, store_of(model).sites if _attached(model) else find_sites(model, arch))
     if not folder.is_dir():
         raise InfuseError(f"There is no folder {folder}; give the folder that holds {CONFIG} and {WEIGHTS}.")
     weights = folder / WEIGHTS
@@ -110,7 +130,10 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None) -> Bun
     tensors, metadata = read_tensors(weights)
     sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
     if HEADER in metadata:
-        return _read_native(model, sites, tensors, metadata[HEADER], weights)
+        facts = _sound(lambda: _facts(metadata[HEADER]), weights)
+        if not any_base:
+            _check_base(model, facts["base"], arch)
+        return _sound(lambda: _read_native(model, sites, tensors, facts), weights)
     config = read_json(folder / CONFIG)
     if "peft_type" not in config:
         raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
@@ -121,13 +144,14 @@ def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, 
     """Attach what :func:`read` gave."""
     deltas = {site.name: Delta(method, params) for site, method, params in bundle.deltas}
     adapter = Adapter(name or bundle.name, bundle.method, [s for s, _, _ in bundle.deltas], deltas, bundle.shared)
-    for site, _, _ in bundle.deltas:
+    for site, method, _ in bundle.deltas:
+        method.check(site)
         adapter.deltas[key(site.name)].to(site.weight.device)
     device = next((s.weight.device for s, _, _ in bundle.deltas), torch.device("cpu"))
     adapter.shared.to(device)
     adapter.info = bundle.info
     if bundle.head is not None:
-        adapter.head = Head.restore(*bundle.head).to(device)
+        adapter.head = bundle.head.to(device)
     made = copies(owner_of(model), bundle.copies)
     for path, state in bundle.copies.items():
         own = made[key(path)]
@@ -135,7 +159,10 @@ def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, 
         if missing := expected.keys() - state.keys():
             raise InfuseError(f"The file's copy of {path} lacks {listed(missing)}.")
         own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape) for n, v in expected.items()})
-    attached = attach_at(model, adapter, arch=arch, trained=())
+    if bundle.members:
+        attached = attach_mixer(model, adapter, bundle.members)
+    else:
+        attached = attach_at(model, adapter, arch=arch, trained=())
     attached.copies.update(made)
     store_of(model).tap_for(owner_of(model), attached)
     return attached
@@ -148,43 +175,50 @@ def header(path: str | Path) -> dict[str, Any]:
         raise InfuseError(
             f"{Path(path) / WEIGHTS} was not written by Infuse; load it onto a model to see what it holds."
         )
-    return _sound(lambda: dict(json.loads(metadata[HEADER])), Path(path) / WEIGHTS)
+    return _sound(lambda: _facts(metadata[HEADER]), Path(path) / WEIGHTS)
 
 
-def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], text: str, where: Path) -> Bundle:
-    def parse() -> Bundle:
-        head = json.loads(text)
-        method = make(head["method"])
-        known = {s.name: s for s in sites}
-        chosen = []
-        for name in head["sites"]:
-            site = known.get(name) or site_at(model, re.sub(":input$", "", name), sites)
-            if site is None:
-                raise InfuseError(
-                    f"The adapter has a delta at {name!r}, which {type(model).__name__} does not have: "
-                    f"it was made for {head['base']['name']!r} ({head['base']['type']})."
-                )
-            chosen.append(replace(site, name=name, side="input") if name.endswith(":input") else site)
-        own = {name: make(value) for name, value in head["settings"].items()}
-        bundle = Bundle(method, [], base=head["base"], info=dict(head["info"]), name=str(head["name"]))
-        plain = {n: v for n, v in tensors.items() if not n.startswith(_HEAD)}
-        if head["layout"] == "peft":
-            grouped, rest = peft.modules(model, type(method), plain)
-            for on in peft.by_module(chosen).values():
-                at = own.get(on[0].name, method)
-                found = grouped.get(on[0].prefix + on[0].path, {})
-                bundle.deltas += [(s, at, p) for s, p in zip(on, _unfused(at, on, found), strict=True)]
-            bundle.copies = peft.heads(model, rest, [path.rsplit(".", 1)[-1] for path in head["copies"]])
-        else:
-            _fill(bundle, chosen, own, plain)
-        if head["head"] is not None:
-            parts = {n.removeprefix(_HEAD): v for n, v in tensors.items() if n.startswith(_HEAD)}
-            bundle.head = (dict(head["head"]), parts)
-        order = {name: i for i, name in enumerate(head["sites"])}
-        bundle.deltas.sort(key=lambda delta: order[delta[0].name])
-        return bundle
+def _facts(text: str) -> dict[str, Any]:
+    facts = dict(json.loads(text))
+    facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
+    facts["info"] = dict(facts["info"])
+    facts["head"] = None if facts["head"] is None else dict(facts["head"])
+    return facts
 
-    return _sound(parse, where)
+
+def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], head: dict[str, Any]) -> Bundle:
+    method = make(head["method"])
+    known = {s.name: s for s in sites}
+    chosen = []
+    for name in head["sites"]:
+        site = known.get(name) or site_at(model, re.sub(":input$", "", name), sites)
+        if site is None:
+            raise InfuseError(
+                f"The adapter has a delta at {name!r}, which {type(model).__name__} does not have: "
+                f"it was made for {head['base']['name']!r} ({head['base']['type']})."
+            )
+        chosen.append(replace(site, name=name, side="input") if name.endswith(":input") else site)
+    own = {name: make(value) for name, value in head["settings"].items()}
+    bundle = Bundle(method, [], base=head["base"], info=head["info"], name=str(head["name"]))
+    bundle.members = [str(m) for m in head.get("members", [])]
+    plain = {n: v for n, v in tensors.items() if not n.startswith(_HEAD)}
+    if head["layout"] == "peft":
+        grouped, rest = peft.modules(model, type(method), plain)
+        for path, on in peft.by_module(chosen).items():
+            at = own.get(on[0].name, method)
+            found = grouped.pop(path, {})
+            bundle.deltas += [(s, at, p) for s, p in zip(on, _unfused(at, on, found), strict=True)]
+        if grouped:
+            raise InfuseError(f"The file holds tensors that its description lacks: those for {listed(grouped, 3)}.")
+        bundle.copies = peft.heads(model, rest, [path.rsplit(".", 1)[-1] for path in head["copies"]])
+    else:
+        _fill(bundle, chosen, own, plain)
+    if head["head"] is not None:
+        parts = {n.removeprefix(_HEAD): v for n, v in tensors.items() if n.startswith(_HEAD)}
+        bundle.head = Head.restore(head["head"], parts)
+    order = {name: i for i, name in enumerate(head["sites"])}
+    bundle.deltas.sort(key=lambda delta: order[delta[0].name])
+    return bundle
 
 
 def _unfused(method: Any, on: list[Site], found: Mapping[str, Tensor]) -> list[Any]:
@@ -194,11 +228,11 @@ def _unfused(method: Any, on: list[Site], found: Mapping[str, Tensor]) -> list[A
     return method.split(peft.named(method.fused(len(on)), whole, found), on)
 
 
-def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     def take(name: str, like: Tensor) -> Tensor:
         if name not in tensors:
             raise InfuseError(f"The file lacks the tensor {name!r}; save or download it again.")
-        return fitted(name, tensors[name], like.shape)
+        return fitted(name, tensors.pop(name), like.shape)
 
     with torch.device("meta"):
         shared = bundle.method.shared(sites)
@@ -208,9 +242,38 @@ def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: Ma
         params = {n: take(f"deltas.{site.name}.{n}", v) for n, v in fresh[site.name].items()}
         bundle.deltas.append((site, own.get(site.name, bundle.method), params))
     for name, value in tensors.items():
-        if name.startswith("copies."):
-            path, _, rest = name.removeprefix("copies.").partition("/")
-            bundle.copies.setdefault(path, {})[rest] = value
+        if not name.startswith("copies."):
+            raise InfuseError(f"The file holds a tensor that its description lacks: {name!r}.")
+        path, _, rest = name.removeprefix("copies.").partition("/")
+        bundle.copies.setdefault(path, {})[rest] = value
+
+
+def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundle:
+    def parse() -> Bundle:
+        if (folder / adapterhub.FUSION_CONFIG).is_file():
+            config = read_json(folder / adapterhub.FUSION_CONFIG)
+            tensors, _ = read_tensors(adapterhub.tensors_path(folder, adapterhub.FUSION_WEIGHTS))
+            return adapterhub.read_fusion(model, sites, tensors, config)
+        tensors, _ = read_tensors(adapterhub.tensors_path(folder, adapterhub.WEIGHTS))
+        bundle = adapterhub.read(model, sites, tensors, read_json(folder / adapterhub.CONFIG))
+        head = adapterhub.tensors_path(folder, adapterhub.HEAD_WEIGHTS)
+        if head.is_file():
+            bundle.copies = adapterhub.read_head(model, read_tensors(head)[0])
+        return bundle
+
+    return _sound(parse, folder)
+
+
+def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
+    if adapter.members:
+        tensors, config = adapterhub.write_fusion(model, adapter)
+        names = (adapterhub.FUSION_CONFIG, adapterhub.FUSION_WEIGHTS[0])
+    else:
+        tensors, config = adapterhub.write(model, adapter)
+        names = (adapterhub.CONFIG, adapterhub.WEIGHTS[0])
+    tensors = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
+    write_folder(folder, {names[0]: json.dumps(config, indent=1).encode() + b"\n", names[1]: to_safetensors(tensors)})
+    return folder
 
 
 def _native(adapter: Adapter) -> dict[str, Tensor]:
@@ -233,13 +296,11 @@ def _attached(model: nn.Module) -> bool:
         return False
 
 
-def _check_base(model: nn.Module, bundle: Bundle, arch: Arch | None) -> None:
-    if not bundle.base or not bundle.base.get("digest"):
-        return
+def _check_base(model: nn.Module, base: Mapping[str, str], arch: Arch | None) -> None:
     have = store_of(model).base if _attached(model) else Base.of(model, arch or arch_of(model))
-    if have.digest != bundle.base["digest"]:
+    if have.digest != base["digest"]:
         raise InfuseError(
-            f"The adapter was trained on {bundle.base['name']!r} ({bundle.base['type']}), but this model is "
+            f"The adapter was trained on {base['name']!r} ({base['type']}), but this model is "
             f"{have.name!r} ({have.type}) with other weights; load that base, or pass any_base=True if they fit."
         )
 
@@ -250,5 +311,6 @@ def _sound(parse: Any, where: Path) -> Any:
         return parse()
     except InfuseError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-        raise InfuseError(f"The description in {where} is damaged ({type(error).__name__}: {error}).") from None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, re.error) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise InfuseError(f"The description in {where} is damaged ({reason}).") from None

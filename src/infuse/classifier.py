@@ -18,8 +18,9 @@ from infuse.method import Method, make, spelled
 from infuse.model import store_of
 from infuse.precision import dtype_of, name_of
 from infuse.training import Settings, fit
+from infuse.training.members import ADAPTER
 from infuse.training.metrics import decide
-from infuse.training.run import ADAPTER, Predictor, open_run
+from infuse.training.run import Predictor, open_run
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
@@ -96,7 +97,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
         fitted = fit(base, train, validation, settings, name=ADAPTER)
         fitted.adapter.info = {"run": {"base": self.base, "max_length": self.max_length, "precision": precision}}
         self._predictor = Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length)
-        self.classes_ = np.array([self._names[label] for label in fitted.labels])
+        classes = np.array([self._names[label] for label in fitted.labels])
+        self._order = np.argsort(classes, kind="stable")  # the head's labels are in the order of their names
+        self.classes_ = classes[self._order]
         self.history_ = fitted.history
         self.n_features_in_ = 1
         return self
@@ -104,7 +107,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Probability of every label of ``classes_``, (texts, labels)."""
         check_is_fitted(self, "classes_")
-        return self._predictor.probabilities(_checked(texts))
+        return self._predictor.probabilities(_checked(texts))[:, self._order]
 
     def predict(self, texts: Sequence[str]) -> Any:
         """The most probable label of every text; in multi-label mode, a list of those at least half probable."""
@@ -137,6 +140,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         model = cls(predictor.base.name, method, head=head, max_length=predictor.max_length)
         model._predictor = predictor
         model.classes_ = np.array(predictor.labels)
+        model._order = np.arange(len(predictor.labels))
         model.history_ = []
         return model
 
@@ -156,13 +160,18 @@ _SETTINGS = (
 
 def _rows(texts: Sequence[str], labels: Sequence[Any]) -> tuple[Rows, dict[str, Any]]:
     """Rows with labels as strings, and the way back to the labels as given."""
+    if labels is None or isinstance(labels, str) or getattr(labels, "ndim", 1) != 1:
+        raise InfuseError("Give a list of labels, one per text, or a list of lists: several per text.")
     texts, labels = _checked(texts), list(labels)
     if len(texts) != len(labels):
         raise InfuseError(f"There are {len(texts)} texts but {len(labels)} labels: give one per text.")
-    multi = any(isinstance(label, list | tuple | set) for label in labels)
-    if any(label is None or (isinstance(label, float) and np.isnan(label)) for label in labels):
+    several = [isinstance(label, list | tuple | set) for label in labels]
+    if (multi := any(several)) and not all(several):
+        raise InfuseError("Some labels are lists and others are not: give every text a list, or none.")
+    each = [one for label in labels for one in (label if multi else (label,))]
+    if any(one is None or (isinstance(one, float | np.floating) and np.isnan(one)) for one in each):
         raise InfuseError("A label is None or NaN: give every text a label.")
-    names = {str(one): one for label in labels for one in (label if multi else (label,))}
+    names = {str(one): one for one in each}
     strings = tuple(tuple(map(str, label)) if multi else str(label) for label in labels)
     return Rows(tuple(texts), strings), names  # type: ignore[arg-type]  # all of one kind
 

@@ -17,6 +17,7 @@ from infuse.export import merge_run
 from infuse.method import make, registry, spelled
 from infuse.model import attach, detach, summary
 from infuse.sites import find_sites
+from infuse.training.fusing import AverageConfig, FuseConfig, average_runs, fuse_runs
 from infuse.training.run import TrainConfig, evaluate, open_run, train
 
 
@@ -143,8 +144,18 @@ def _merge(config: MergeConfig) -> None:
     console.out.print(f"merged model: {merge_run(config.run, config.out, config.base)}", soft_wrap=True)
 
 
+def _fuse(config: FuseConfig) -> None:
+    console.show_run(fuse_runs(config, say=console.err.print, callbacks=[console.ShowProgress()]))
+
+
+def _average(config: AverageConfig) -> None:
+    console.out.print(f"average: {average_runs(config)}", soft_wrap=True)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
+    "fuse": (FuseConfig, _fuse),
+    "average": (AverageConfig, _average),
     "evaluate": (EvaluateConfig, _evaluate),
     "predict": (PredictConfig, _predict),
     "summary": (SummaryConfig, _summary),
@@ -174,7 +185,7 @@ def _parse(arguments: list[str]) -> Any:
     choices = []
     for name, (kind, _) in COMMANDS.items():
         described = {"name": name, "description": kind.__doc__}
-        if name == "train" and arguments[:1] == ["train"] and (path := _option(arguments, "--config")):
+        if arguments[:1] == [name] and name in ("train", "fuse") and (path := _option(arguments, "--config")):
             described["default"] = _from_yaml(kind, Path(path))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
@@ -207,24 +218,23 @@ def _from_yaml(kind: type, path: Path) -> Any:
         raise InfuseError(f"The config {path} has unknown settings ({odd}); the settings are {listed(known, 40)}.")
     if isinstance(values.get("method"), dict):
         values["method"] = spelled(make(values["method"]))
-    for name in ("out", "config"):
-        values[name] = Path(values[name]) if values.get(name) else None
     for name, value in values.items():
-        default = known[name].default
-        if isinstance(default, bool | int | float | str) and type(value) is not type(default):
-            if isinstance(default, float) and isinstance(value, int):
-                values[name] = float(value)
-            elif isinstance(default, float) and isinstance(value, str):
-                values[name] = _number(name, value, path)
-            else:
-                raise InfuseError(f"{name} in {path} should be a {type(default).__name__}, not {value!r}.")
-    if isinstance(values.get("learning_rate"), str):
-        values["learning_rate"] = _number("learning_rate", values["learning_rate"], path)
-    return kind(**values)
-
-
-def _number(name: str, value: str, path: Path) -> float:
+        if name in ("out", "config") and isinstance(value, str):
+            values[name] = Path(value)
+        elif isinstance(value, list):
+            values[name] = tuple(Path(each) if name in ("members", "runs") else each for each in value)
+        elif name == "learning_rate" or isinstance(known[name].default, float):
+            values[name] = _number(name, value, path)
+    config = kind(**values)
     try:
-        return float(value)  # YAML reads 1e-3 as a string
+        config.check()
+    except InfuseError as error:
+        raise InfuseError(f"In {path}, {error}") from None
+    return config
+
+
+def _number(name: str, value: Any, path: Path) -> Any:
+    try:
+        return float(value) if isinstance(value, int | str) else value  # YAML reads 1e-3 as a string
     except ValueError:
         raise InfuseError(f"{name} in {path} should be a number, not {value!r}.") from None

@@ -8,7 +8,8 @@ from infuse.checkpoint import save
 from infuse.errors import InfuseError
 from infuse.heads import Head, head_of
 from infuse.model import attach, merge, store_of
-from infuse.training.run import ADAPTER, MODEL, open_run
+from infuse.training.members import ADAPTER
+from infuse.training.run import MODEL, open_run
 
 
 def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:

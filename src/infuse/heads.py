@@ -113,7 +113,9 @@ class Head(nn.Module):
         return F.binary_cross_entropy_with_logits(logits.float(), smooth, pos_weight=weights)
 
     def probabilities(self, logits: Float[Tensor, "rows labels"]) -> Float[Tensor, "rows labels"]:
-        return logits.float().sigmoid() if self.multi else logits.float().softmax(-1)
+        """In float64 on the CPU, where those of a text sum to one as closely as scikit-learn wants them to."""
+        logits = logits.cpu().double()
+        return logits.sigmoid() if self.multi else logits.softmax(-1)
 
     def settings(self) -> dict[str, Any]:
         """What :meth:`restore` needs beside the tensors, ready for JSON."""
@@ -128,11 +130,14 @@ class Head(nn.Module):
     @classmethod
     def restore(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Head":
         """A head from its settings and tensors; an error if they do not fit each other."""
-        head = cls(**settings)
+        with torch.device("meta"):
+            head = cls(**settings)
         expected = head.state_dict()
-        if expected.keys() != tensors.keys() or any(expected[n].shape != v.shape for n, v in tensors.items()):
+        sound = expected.keys() == tensors.keys() and len(set(head.labels)) == len(head.labels)
+        sound = sound and all(expected[n].shape == v.shape and v.is_floating_point() for n, v in tensors.items())
+        if not sound or not all(isinstance(label, str) for label in head.labels):
             raise InfuseError("The head's tensors in the file do not fit its description; save the adapter again.")
-        head.load_state_dict({n: v.float() for n, v in tensors.items()})
+        head.load_state_dict({n: v.detach().float().clone() for n, v in tensors.items()}, assign=True)
         return head
 
 

@@ -13,7 +13,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from infuse.errors import InfuseError, listed
 from infuse.sites import Site
@@ -21,14 +21,25 @@ from infuse.sites import Site
 Params = Mapping[str, Tensor]
 
 
+def _keywords(function: Any) -> frozenset[str]:
+    """Names of the arguments after ``self`` and ``p``."""
+    names = list(inspect.signature(function).parameters.values())[2:]
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return frozenset(p.name for p in names if p.kind not in kinds)
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Abstract base of all methods; a concrete one is a frozen dataclass under :func:`register`.
 
-    ``forward`` and ``prepare`` receive, by the names of their arguments, only what they ask for:
+    A method defines ``update``, what is added to the activation, or, if it does something else to it, ``forward``. They
+    and ``prepare`` receive, by the names of their arguments, only what they ask for:
 
     - ``h``: the activation at the site, (..., width); what ``forward`` returns takes its place.
     - ``x``: the input of the site's module, (..., in_features).
+    - ``residual``: at a sublayer's output, what the model adds to it, (..., width).
+    - ``normed``: at a sublayer's output, ``LN(h + residual)`` with the pretrained LayerNorm that follows in post-norm
+      layers, and ``h + residual`` in pre-norm ones, (..., width).
     - ``weight``, ``bias``: the frozen weight (out, in) and bias (out,) behind the activation.
     - ``training``: whether the model trains (for dropout).
     """
@@ -39,6 +50,10 @@ class Method(ABC):
     """Learning rate that training uses unless told otherwise."""
     sides: ClassVar[tuple[Literal["input", "output"], ...]] = ("output",)
     """The sides of a module at which the method is defined."""
+    additive: ClassVar[bool] = False
+    """Whether the delta is ``h + update``; only such deltas can be fused. Filled from what the class defines."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names of known variants, and their settings."""
     mergeable: ClassVar[bool] = False
     """Whether :meth:`merge` folds the delta into the base weight."""
 
@@ -56,15 +71,33 @@ class Method(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.asks = {f.__name__: _keywords(f) for f in (cls.forward, cls.prepare)}
+        cls.additive = cls.update is not Method.update
+        cls.asks = {f.__name__: _keywords(f) for f in (cls.forward, cls.update, cls.prepare)}
 
     @abstractmethod
     def init(self, site: Site) -> dict[str, Tensor]:
         """Fresh parameters of one delta at ``site``, in float32, drawn from torch's global generator."""
 
-    @abstractmethod
     def forward(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
-        """The new activation, (..., width), for one adapter with parameters ``p``."""
+        """The new activation, (..., width), for one adapter with parameters ``p``; by default ``h + update``."""
+        raise NotImplementedError(self.name)
+
+    def update(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
+        """What is added to the activation, (..., width), for one adapter with parameters ``p``."""
+        raise NotImplementedError(self.name)
+
+    @property
+    def starts_at_identity(self) -> bool:
+        """Whether a fresh delta changes nothing; otherwise it starts near that."""
+        return True
+
+    def wants(self, function: str) -> frozenset[str]:
+        """Names of the tensors that ``forward``, ``update`` or ``prepare`` asks for under these settings."""
+        return self.asks[function]
+
+    def trains(self, sites: Sequence[Site]) -> list[nn.Module]:
+        """Modules of the base of which every adapter trains its own copy (LayerNorms, say)."""
+        return []
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Fresh parameters that all deltas of one adapter share; they reach ``forward`` in ``p`` too."""
@@ -109,6 +142,14 @@ class Method(ABC):
         """The inverse of :meth:`fuse`."""
         raise NotImplementedError(self.name)
 
+    def add(self, params: "Sequence[Params]", weights: "Sequence[float]") -> Params:
+        """Parameters of the weighted sum of several deltas at one site; by default the sum of the parameters."""
+        return {n: sum(w * p[n] for p, w in zip(params, weights, strict=True)) for n in params[0]}  # type: ignore[misc]
+
+    def summed(self, terms: int) -> "Method":
+        """The settings of the delta that :meth:`add` makes of so many terms."""
+        return self
+
     def check(self, site: Site) -> None:
         """Raise :class:`InfuseError` if the method is not defined at ``site``."""
         if site.side not in self.sides:
@@ -116,9 +157,32 @@ class Method(ABC):
             raise InfuseError(f"{type(self).__name__} is not defined at {site.role}, an {site.side}: {hint}.")
 
 
+class Mixer(Method):
+    """Abstract base of what mixes the updates of several trained adapters of one model, its members.
+
+    ``init`` gives the mixer's own parameters at a site. The query is what the last member reads there.
+    """
+
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    """Parameters that weight decay must leave alone."""
+
+    @abstractmethod
+    def weigh(self, p: Params, query: Tensor, updates: Tensor, training: bool) -> Tensor:
+        """Weights (..., members) of the members' updates (..., members, width)."""
+
+    @abstractmethod
+    def mix(self, p: Params, weights: Tensor, updates: Tensor) -> Tensor:
+        """What is added to the activation, (..., width)."""
+
+    @abstractmethod
+    def penalty(self, p: Params) -> Tensor:
+        """What the parameters of one site add to the loss."""
+
+
 M = TypeVar("M", bound=type[Method])
 METHODS: dict[str, type[Method]] = {}
 BASELINES: dict[str, type[Method]] = {}
+MIXERS: dict[str, type[Method]] = {}
 
 
 def register(cls: M) -> M:
@@ -130,6 +194,12 @@ def register(cls: M) -> M:
 def register_baseline(cls: M) -> M:
     """Class decorator for ways to train that are no adapters; they can be made by name but are not in the registry."""
     BASELINES[cls.name] = cls
+    return cls
+
+
+def register_mixer(cls: M) -> M:
+    """Class decorator that enters a :class:`Mixer` under its ``name``."""
+    MIXERS[cls.name] = cls
     return cls
 
 
@@ -154,16 +224,25 @@ def make(spec: "Method | str | Mapping[str, Any]") -> Method:
     else:
         settings = dict(spec)
         name = str(settings.pop("name", ""))
-    key = re.sub(r"[^a-z0-9]", "", name.lower())
-    cls = next((c for n, c in (registry() | BASELINES).items() if re.sub(r"[^a-z0-9]", "", n) == key), None)
+    cls, preset = variants().get(_key(name), (None, {}))
     if cls is None:
-        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(registry() | BASELINES)}.")
+        names = [n for c in (registry() | BASELINES | MIXERS).values() for n in (c.name, *c.presets)]
+        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(dict.fromkeys(names), 20)}.")
     known = {f.name: f for f in fields(cls)}
     for setting, value in settings.items():
         if setting not in known:
             raise InfuseError(f"{cls.__name__} has no setting {setting!r}; it has {listed(known)}.")
         settings[setting] = _coerce(cls, known[setting], value)
-    return cls(**settings)
+    return cls(**{**preset, **settings})
+
+
+def variants() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
+    """Every name that :func:`make` knows, methods and presets, without punctuation → class and settings."""
+    known: dict[str, tuple[type[Method], Mapping[str, Any]]] = {}
+    for cls in (registry() | BASELINES | MIXERS).values():
+        known[_key(cls.name)] = (cls, {})
+        known |= {_key(name): (cls, preset) for name, preset in cls.presets.items()}
+    return known
 
 
 def settings(method: Method) -> dict[str, Any]:
@@ -178,18 +257,20 @@ def spelled(method: Method) -> str:
     return method.name + (":" + ",".join(items) if items else "")
 
 
-def _keywords(function: Any) -> frozenset[str]:
-    """Names of the arguments after ``self`` and ``p``."""
-    names = list(inspect.signature(function).parameters.values())[2:]
-    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return frozenset(p.name for p in names if p.kind not in kinds)
+def _key(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "plus"))
 
 
 def _setting(item: str) -> tuple[str, Any]:
     name, equals, value = item.partition("=")
     if not equals:
         raise InfuseError(f"{item!r} is not a setting: write name=value, e.g. rank=4.")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InfuseError(
+            f"The value in {item!r} can't be read: write a number, a word or words joined by +."
+        ) from None
 
 
 def _coerce(cls: type, field: Any, value: Any) -> Any:

@@ -7,7 +7,7 @@ and values stay as they are; adapters act through forward hooks.
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, build, classification_head, copies, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
-from infuse.method import Method, make
-from infuse.routing import Mixed, Route, current, route_of, use
+from infuse.method import Method, Mixer, make
+from infuse.routing import Mixed, Recipe, Route, current, forget_residuals, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
 from infuse.taps import PerAdapter, Tap, carry_routes
 
@@ -38,7 +38,7 @@ class Infused(nn.Module):
         self.taps: dict[str, Tap] = {}
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.entry = model.register_forward_pre_hook(self.enter)
+        self.ends = [model.register_forward_pre_hook(self.enter), model.register_forward_hook(self.leave)]
         self.split = [
             PerAdapter(self, layer.get_submodule(path), names)
             for stack in arch.stacks
@@ -63,6 +63,9 @@ class Infused(nn.Module):
     def enter(self, module: nn.Module, args: tuple) -> None:
         carry_routes(self, self.checkpointed)
 
+    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        forget_residuals(self)
+
     def tap(self, model: nn.Module, path: str) -> Tap:
         if path not in self.taps:
             self.taps[path] = Tap(self, model.get_submodule(path), path)
@@ -81,6 +84,9 @@ class Infused(nn.Module):
         assert isinstance(adapter, Adapter)
         for site in adapter.sites.values():
             self.tap(model, site.prefix + site.path).add(site)
+            recipe = Recipe.of(self.adapters, adapter, site)  # type: ignore[arg-type]  # of adapters
+            if site.source and {"residual", "normed"} & recipe.needs:
+                self.tap(model, site.source).source = True
         for name in adapter.copies:
             path = name.replace("/", ".")
             self.copied.add(path)
@@ -168,7 +174,7 @@ def attach_at(
 ) -> Adapter:
     """Hang a built adapter into a model; all checks come before the first change."""
     name = adapter.name
-    _check_name(name)
+    check_name(name)
     store = _store(model)
     if store and name in store.adapters:
         raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
@@ -176,7 +182,9 @@ def attach_at(
         raise InfuseError(f"Adapter {store.merged!r} is merged into the base; call infuse.unmerge(model) first.")
     if store and any(a.method.unfreezes for a in (adapter, *map(store.__getitem__, store.adapters))):
         raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
-    own = copies(model, classification_head(model) if trained is None else trained)
+    paths = {id(module): path for path, module in model.named_modules()}
+    norms = [paths[id(module)] for module in adapter.method.trains(list(adapter.sites.values()))]
+    own = copies(model, [*(classification_head(model) if trained is None else trained), *dict.fromkeys(norms)])
     if store is None:
         store = model.infuse = Infused(model, arch or arch_of(model))
         for parameter in _base_parameters(model):
@@ -189,11 +197,75 @@ def attach_at(
     return adapter
 
 
+def fuse(
+    model: nn.Module,
+    members: Sequence[str],
+    method: Method | str | Mapping[str, Any] = "fusion",
+    name: str | None = None,
+) -> Adapter:
+    """Add a mixer over trained adapters (stage two of AdapterFusion), freeze its members, and make it the active one.
+
+    Args:
+        model: a model with the members attached.
+        members: names of two or more adapters whose deltas are additive, at common sites.
+        method: ``Fusion()`` or what :func:`infuse.make` understands.
+        name: the mixer's name; by default the members' names joined by commas.
+    Raises:
+        InfuseError: an unknown member, fewer than two, a method that can't be mixed, no site that all members adapt.
+    """
+    method = make(method)
+    if not isinstance(method, Mixer):
+        raise InfuseError(f"{type(method).__name__} does not mix adapters; use Fusion.")
+    sites = fusable_sites(model, members)
+    roles = dict.fromkeys(s.role.removeprefix("cross_") for s in sites)
+    adapter = build(name or ",".join(members), replace(method, roles=tuple(roles)), sites)
+    return attach_mixer(model, adapter, members)
+
+
+def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> Adapter:
+    """Hang a built mixer into a model, and freeze its members."""
+    store = store_of(model)
+    adapter.members = tuple(members)
+    attach_at(owner_of(model), adapter, trained=())
+    if isinstance(adapter.method, Mixer):
+        for member in members:
+            store[member].requires_grad_(False)
+    return adapter
+
+
+def fusable_sites(model: nn.Module, members: Sequence[str]) -> list[Site]:
+    """The sites that all members adapt by additive deltas."""
+    store = store_of(model)
+    if len(members) < 2 or len(set(members)) < len(members):
+        raise InfuseError(f"Fusion needs two or more different adapters, not {listed(members)}.")
+    for member in members:
+        if not store[member].method.additive:
+            raise InfuseError(
+                f"Adapter {member!r} can't be fused: {store[member].method.name} is not added to the activation."
+            )
+    common = set.intersection(*(set(store[m].sites) for m in members))
+    sites = [s for s in store[members[0]].sites.values() if s.name in common]
+    if not sites:
+        raise InfuseError(f"The adapters {listed(members)} have no site in common; fuse adapters of one method.")
+    return sites
+
+
+def penalty(model: nn.Module, name: str) -> Tensor | float:
+    """What an adapter adds to the loss: a mixer's regulariser, 0 for all others."""
+    adapter = store_of(model)[name]
+    if not isinstance(adapter.method, Mixer):
+        return 0.0
+    return sum((adapter.method.penalty(adapter.params(s)) for s in adapter.sites.values()), torch.zeros(()))
+
+
 def detach(model: nn.Module, name: str | None = None) -> None:
     """Remove one adapter, or all of them; with the last one the model is as it was before Infuse, bit for bit."""
     store = store_of(model)
     model = owner_of(model)
     names = list(store.adapters) if name is None else [store[name].name]
+    for each in store.adapters.values():
+        if isinstance(each, Adapter) and each.name not in names and (used := set(each.members) & set(names)):
+            raise InfuseError(f"Adapter {each.name!r} mixes {listed(sorted(used))}; detach it first.")
     if store.merged in names:
         unmerge(model)
     for each in names:
@@ -202,7 +274,8 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             store.active = None
     store.retap(model)
     if not store.adapters:
-        store.entry.remove()
+        for handle in store.ends:
+            handle.remove()
         for split in store.split:
             split.remove()
         del model.infuse
@@ -226,7 +299,9 @@ def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterato
         InfuseError: an adapter is unknown; inside the block, the batch has another number of rows.
     """
     store = store_of(model)
-    with use(store, route_of(names, list(store.adapters))):
+    chosen = route_of(names, list(store.adapters))
+    levels(store.adapters, chosen)  # type: ignore[arg-type]  # of adapters; once here, not in every compiled call
+    with use(store, chosen):
         yield
 
 
@@ -322,9 +397,11 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _check_name(name: str) -> None:
-    if not name or not all(c.isalnum() or c in "_-+ " for c in name) or hasattr(nn.ModuleDict(), name):
-        raise InfuseError(f"{name!r} can't name an adapter: use letters, digits, '_', '-', '+' and spaces.")
+def check_name(name: str) -> str:
+    """The name, if it can name an adapter (and a folder)."""
+    if not name or not all(c.isalnum() or c in "_-+, " for c in name) or hasattr(nn.ModuleDict(), name):
+        raise InfuseError(f"{name!r} can't name an adapter: use letters, digits, '_', '-', '+', ',' and spaces.")
+    return name
 
 
 def _merged(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor | None]:

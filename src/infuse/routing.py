@@ -4,7 +4,7 @@ The route belongs to the call: :func:`use` binds it to the current thread, and g
 into the recomputation. Without one, a model's ``active`` adapter serves plain calls.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,17 +15,67 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
-from infuse.method import Method, Params
+from infuse.method import Method, Mixer, Params
 from infuse.sites import Site
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of a batch whose adapters run as one: same method, same shapes, different parameters."""
+class Recipe:
+    """What is computed at a site: a method, and for a mixer the methods of its members."""
 
+    method: Method
+    members: tuple[Method, ...] = ()
+
+    @staticmethod
+    def of(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> "Recipe":
+        return Recipe(adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the tensors that the functions ask for."""
+        asked = [m.wants("update") | {"h"} if m.additive else m.wants("forward") for m in (self.method, *self.members)]
+        return frozenset().union(*asked)
+
+    def prepare(self, p: "Parameters", fixed: Mapping[str, Any]) -> "Parameters":
+        own, members = p
+        prepared = [_ask(m, "prepare", each, fixed) for m, each in zip(self.members, members, strict=True)]
+        return _ask(self.method, "prepare", own, fixed), prepared
+
+    def new(self, p: "Parameters", given: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tensor:
+        """The new activation from prepared parameters."""
+        own, members = p
+        given = {**given, **fixed}
+        if isinstance(self.method, Mixer):
+            updates = [_ask(m, "update", each, given) for m, each in zip(self.members, members, strict=True)]
+            stacked = torch.stack(updates, dim=-2)
+            query = next(
+                (given[n] for n in ("normed", "residual") if n in self.members[-1].wants("update")), given["h"]
+            )
+            weights = self.method.weigh(own, query, stacked, fixed["training"])
+            _CALLS.note(fixed["site"], weights)
+            return given["h"] + self.method.mix(own, weights, stacked)
+        if self.method.additive:
+            return given["h"] + _ask(self.method, "update", own, given)
+        return _ask(self.method, "forward", own, given)
+
+
+Parameters = tuple[Params, list[Params]]
+"""A delta's own parameters, and those of its members."""
+
+
+def parameters(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> Parameters:
+    return adapter.params(site), [adapters[m].params(site) for m in adapter.members]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters."""
+
+    recipe: Recipe
     adapters: tuple[Adapter, ...]
     rows: Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
@@ -36,17 +86,17 @@ class Mixed:
     """A route with an entry per row; keeps its plan for each site."""
 
     names: tuple[str | None, ...]
+    levels: list["Route"] = field(default_factory=list)
     plans: dict[tuple[str, torch.device], list[Group]] = field(default_factory=dict)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
         if (site.name, device) not in self.plans:
-            members: dict[Any, list[tuple[int, Adapter]]] = {}
+            alike: dict[Any, list[tuple[int, Adapter]]] = {}
             for row, name in enumerate(self.names):
-                if name is not None and (delta := adapters[name].delta(site)) is not None:
-                    shapes = tuple((k, v.shape) for k, v in adapters[name].params(site).items())
-                    members.setdefault((replace(delta.method, roles=()), shapes), []).append((row, adapters[name]))
-            self.plans[site.name, device] = [_group(rows, device) for rows in members.values()]
+                if name is not None and adapters[name].delta(site) is not None:
+                    alike.setdefault(_kind(adapters, adapters[name], site), []).append((row, adapters[name]))
+            self.plans[site.name, device] = [_group(kind[0], rows, device) for kind, rows in alike.items()]
         return self.plans[site.name, device]
 
 
@@ -57,6 +107,17 @@ class _Calls(local):
     """The routes in force in this thread, innermost last (a ContextVar would break ``torch.compile``'s graph)."""
 
     routes: tuple[tuple[Any, Route], ...] = ()
+    residuals: dict[tuple[int, str], Tensor]
+
+    weights: dict[str, list[Tensor]] | None = None
+
+    def __init__(self) -> None:
+        self.residuals = {}
+
+    def note(self, site: str, weights: Tensor) -> None:
+        """Keep a mixer's weights if :func:`mixing_weights` listens."""
+        if self.weights is not None:
+            self.weights.setdefault(site, []).append(weights.detach())
 
 
 _CALLS = _Calls()
@@ -87,6 +148,32 @@ def use(store: Routed, route: Route) -> Iterator[None]:
         _CALLS.routes = outer
 
 
+def keep_residual(store: Routed, path: str, value: Tensor) -> None:
+    """Remember the input of a site's source until the site itself is called, in this thread."""
+    _CALLS.residuals[id(store), path] = value
+
+
+def residual_at(store: Routed, site: Site) -> Tensor | None:
+    """What :func:`keep_residual` last remembered for a site."""
+    return None if site.source is None else _CALLS.residuals.get((id(store), site.source))
+
+
+def forget_residuals(store: Routed) -> None:
+    """Drop what a forward pass has left, so that no activation outlives it."""
+    for key in [key for key in _CALLS.residuals if key[0] == id(store)]:
+        del _CALLS.residuals[key]
+
+
+@contextmanager
+def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
+    """Calls under one mixer within the block leave its weights here: site → (rows, positions, members) per call."""
+    outer, _CALLS.weights = _CALLS.weights, {}
+    try:
+        yield _CALLS.weights
+    finally:
+        _CALLS.weights = outer
+
+
 def route_of(names: str | Sequence[str | None] | None, known: Sequence[str]) -> Route:
     """A route from one name or from a name per row; a uniform one becomes that single name."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
@@ -97,76 +184,129 @@ def route_of(names: str | Sequence[str | None] | None, known: Sequence[str]) -> 
     return rows[0] if names is None or isinstance(names, str) else Mixed(rows)
 
 
-def adapted(
-    adapters: Mapping[str, Adapter],
-    route: Route,
-    site: Site,
-    h: Float[Tensor, "rows *positions width"],
-    x: Float[Tensor, "rows *positions in_features"],
-    training: bool,
-) -> Float[Tensor, "rows *positions width"]:
-    """The activation ``h`` of ``site`` under ``route``; ``x`` is the input of the site's module."""
+@dataclass
+class Call:
+    """One call of a site's module: its activation and input, and on demand what the site's surroundings hold.
+
+    Attributes:
+        h: the activation, (rows, ..., width).
+        x: the input of the site's module, (rows, ..., in_features).
+        residual: what the model adds to a sublayer's output; kept from the call of the site's ``source``.
+    """
+
+    site: Site
+    h: Tensor
+    x: Tensor
+    training: bool
+    residual: Tensor | None = None
+    kept: Tensor | None = None
+
+    def rowwise(self, names: Iterable[str], rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The tensors asked for that have a row per text, of some rows or all."""
+        given = {name: getattr(self, name) for name in ("h", "x", "residual", "normed") if name in names}
+        if rows is None or len(rows) == len(self.h):
+            return given
+        return {name: value[rows] for name, value in given.items()}
+
+    def fixed(self) -> dict[str, Any]:
+        """What is the same for all rows."""
+        site = self.site
+        return {"weight": site.weight, "bias": site.bias, "training": self.training, "site": site.name}
+
+    @property
+    def normed(self) -> Tensor:
+        """``LN(h + residual)``, or the sum where no LayerNorm follows; computed once."""
+        if self.kept is None:
+            assert self.residual is not None
+            total = self.h + self.residual
+            self.kept = total if self.site.norm is None else self.site.norm(total)
+        assert self.kept is not None
+        return self.kept
+
+
+def adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Float[Tensor, "rows *positions width"]:
+    """The activation of a call's site under ``route``; stacked adapters act one after the other."""
+    for level in levels(adapters, route):
+        call = replace(call, h=_adapted(adapters, level, call), kept=None)
+    return call.h
+
+
+def levels(adapters: Mapping[str, Adapter], route: Route) -> Sequence[Route]:
+    """A route without stacks, or one for the first adapters of all stacks, one for the second, and so on."""
+    if not isinstance(route, Mixed):
+        return _chain(adapters, route) if route is not None else (None,)
+    if not route.levels:
+        chains = [() if name is None else _chain(adapters, name) for name in route.names]
+        depth = max([1, *(len(chain) for chain in chains)])
+        columns = [tuple(c[i] if i < len(c) else None for c in chains) for i in range(depth)]
+        route.levels = [route] if columns == [route.names] else [Mixed(names) for names in columns]
+    return route.levels
+
+
+def _chain(adapters: Mapping[str, Adapter], name: str) -> tuple[str, ...]:
+    adapter = adapters[name]
+    return (name,) if not adapter.members or isinstance(adapter.method, Mixer) else adapter.members
+
+
+def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tensor:
+    h, site = call.h, call.site
     if not isinstance(route, Mixed):
         if route is None or adapters[route].delta(site) is None:
             return h
-        return _one(adapters[route], site, h, x, training)
+        return _one(adapters, adapters[route], call)
     if len(h) != len(route.names):
         raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
     out = h
     for group in route.plan(adapters, site, h.device):
         every = len(group.rows) == len(h)
-        h_rows, x_rows = (h, x) if every else (h[group.rows], x[group.rows])
         if len(group.adapters) == 1:
-            new = _one(group.adapters[0], site, h_rows, x_rows, training)
+            new = _one(adapters, group.adapters[0], call, group.rows)
         else:
-            new = _many(group, site, h_rows, x_rows, training)
+            new = _many(adapters, group, call)
         out = new if every else out.index_copy(0, group.rows, new)
     return out
 
 
-def _one(adapter: Adapter, site: Site, h: Tensor, x: Tensor, training: bool) -> Tensor:
-    delta = adapter.delta(site)
-    assert delta is not None
-    method, given = delta.method, _given(site, training)
-    p = _cast(_ask(method, "prepare", adapter.params(site), given), h.dtype)
-    return _ask(method, "forward", p, given | {"h": h, "x": x}).to(h.dtype)
+def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: Tensor | None = None) -> Tensor:
+    recipe, fixed = Recipe.of(adapters, adapter, call.site), call.fixed()
+    p = recipe.prepare(parameters(adapters, adapter, call.site), fixed)
+    return recipe.new(_cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), fixed).to(call.h.dtype)
 
 
-def _many(group: Group, site: Site, h: Tensor, x: Tensor, training: bool) -> Tensor:
-    delta = group.adapters[0].delta(site)
-    assert delta is not None
-    method, given = delta.method, _given(site, training)
-    each = [adapter.params(site) for adapter in group.adapters]
-    stacked: Params = {name: torch.stack([p[name] for p in each]) for name in each[0]}
-    if type(method).prepare is not Method.prepare:
-        stacked = vmap(partial(_ask, method, "prepare", given=given))(stacked)
-    rows = {name: value[group.which] for name, value in _cast(stacked, h.dtype).items()}
-
-    def row(p: Params, h: Tensor, x: Tensor) -> Tensor:
-        return _ask(method, "forward", p, given | {"h": h, "x": x})
-
-    return vmap(row, randomness="different")(rows, h, x).to(h.dtype)
-
-
-def _given(site: Site, training: bool) -> dict[str, Any]:
-    return {"weight": site.weight, "bias": site.bias, "training": training}
+def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
+    recipe, fixed = group.recipe, call.fixed()
+    each = [parameters(adapters, adapter, call.site) for adapter in group.adapters]
+    stacked = tree_map(lambda *values: torch.stack(values), *each)
+    if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
+        stacked = vmap(partial(recipe.prepare, fixed=fixed))(stacked)
+    p = tree_map(lambda value: value[group.which], _cast(stacked, call.h.dtype))
+    new = vmap(partial(recipe.new, fixed=fixed), randomness="different")(p, call.rowwise(recipe.needs, group.rows))
+    return new.to(call.h.dtype)
 
 
 def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> Any:
     """Call a method's function with those of the given tensors that it asks for."""
-    return getattr(method, function)(p, **{name: given[name] for name in method.asks[function]})
+    return getattr(method, function)(p, **{name: given[name] for name in method.wants(function)})
 
 
-def _cast(params: Params, dtype: torch.dtype) -> Params:
-    return {name: value.to(dtype) for name, value in params.items()}
+def _cast(p: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda value: value.to(dtype), p)
 
 
-def _group(members: list[tuple[int, Adapter]], device: torch.device) -> Group:
+def _kind(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> tuple[Recipe, Any]:
+    """What two adapters must share to run as one group: methods up to their roles, and shapes."""
+    recipe = Recipe.of(adapters, adapter, site)
+    bare = Recipe(replace(recipe.method, roles=()), tuple(replace(m, roles=()) for m in recipe.members))
+    own, members = parameters(adapters, adapter, site)
+    return bare, tuple((n, v.shape) for p in (own, *members) for n, v in p.items())
+
+
+def _group(recipe: Recipe, members: list[tuple[int, Adapter]], device: torch.device) -> Group:
     adapters = list(dict.fromkeys(adapter for _, adapter in members))
     index = {adapter: i for i, adapter in enumerate(adapters)}
     rows = torch.tensor([row for row, _ in members], device=device)
     which = torch.tensor([index[adapter] for _, adapter in members], device=device)
-    return Group(tuple(adapters), rows, which)
+    return Group(recipe, tuple(adapters), rows, which)
 
 
 def run_copies(

@@ -27,6 +27,9 @@ class Site:
         start, stop: the activation's span within the module's output features.
         width: number of features of the activation.
         in_features: width of the module's input.
+        layer_path: path of the site's layer below ``prefix``.
+        source: full path of the module whose input is added to the activation, at a sublayer's output.
+        norm: the LayerNorm that follows that addition, in post-norm layers.
     """
 
     name: str
@@ -41,6 +44,9 @@ class Site:
     stop: int
     in_features: int
     out_features: int
+    layer_path: str = ""
+    source: str | None = None
+    norm: nn.Module | None = None
 
     @property
     def width(self) -> int:
@@ -179,10 +185,17 @@ def _stack_sites(model: nn.Module, stack: Stack) -> list[Site]:
             full = f"{layer_path}.{path}"
             name = f"{stack.name}.{index}".lstrip(".")
             site = _site(layer.get_submodule(path), full.removeprefix(prefix), role, stack.name, index, name, prefix)
+            site = replace(site, layer_path=layer_path.removeprefix(prefix))
+            if role in stack.residuals:
+                residual = stack.residuals[role]
+                norm = layer.get_submodule(residual.norm) if residual.norm else None
+                site = replace(site, source=f"{layer_path}.{residual.source}", norm=norm)
             if isinstance(spec, Part):
                 site = replace(site, **_span(spec, config, site.out_features))
             if role == "ffn_output":
-                hidden = replace(site, name=f"{name}.ffn_hidden", role="ffn_hidden", side="input")
+                hidden = replace(
+                    site, name=f"{name}.ffn_hidden", role="ffn_hidden", side="input", source=None, norm=None
+                )
                 sites.append(hidden)
             sites.append(site)
     return sites

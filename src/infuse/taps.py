@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from infuse.errors import InfuseError
-from infuse.routing import Mixed, Route, adapted, current, run_copies, use
+from infuse.routing import Call, Mixed, Route, adapted, current, keep_residual, residual_at, run_copies, use
 from infuse.sites import Site
 
 
@@ -18,10 +18,11 @@ class Tap:
     def __init__(self, store: Any, module: nn.Module, path: str):
         self.store = store
         self.path = path
+        self.source = False
         self.inputs: list[Site] = []
         self.outputs: list[Site] = []
         self.handles = [
-            module.register_forward_pre_hook(self.before),
+            module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True),
         ]
 
@@ -35,13 +36,17 @@ class Tap:
         for handle in self.handles:
             handle.remove()
 
-    def before(self, module: nn.Module, args: tuple) -> tuple | None:
-        if not self.inputs or (route := self.store.route()) is None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if not (self.inputs or self.source) or (route := self.store.route()) is None:
+            return None
+        if self.source:
+            keep_residual(self.store, self.path, args[0] if args else kwargs["hidden_states"])
+        if not self.inputs:
             return None
         h = args[0]
         for site in self.inputs:
-            h = adapted(self.store.adapters, route, site, h, h, self.store.training)
-        return (h, *args[1:])
+            h = adapted(self.store.adapters, route, Call(site, h, h, self.store.training))
+        return (h, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if (route := self.store.route()) is None:
@@ -54,14 +59,17 @@ class Tap:
         slices = []
         for site in self.outputs:
             if site.whole:
-                h = adapted(self.store.adapters, route, site, h, x, self.store.training)
+                call = Call(site, h, x, self.store.training, residual_at(self.store, site))
+                h = adapted(self.store.adapters, route, call)
             else:
                 slices.append(site)
         if not slices:
             return h
         pieces, end = [], 0
         for site in slices:
-            new = adapted(self.store.adapters, route, site, h[..., site.start : site.stop], x, self.store.training)
+            new = adapted(
+                self.store.adapters, route, Call(site, h[..., site.start : site.stop], x, self.store.training)
+            )
             pieces += [h[..., end : site.start], new]
             end = site.stop
         return torch.cat([*pieces, h[..., end:]], dim=-1)

@@ -18,6 +18,8 @@ Tokens = list[list[int]]
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
     """Token ids of every text, special tokens included, cut at ``max_length``."""
+    if not texts:
+        return []
     limit = min(max_length, tokenizer.model_max_length)
     encoded: Any = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)
     return encoded["input_ids"]
@@ -82,6 +84,6 @@ def probabilities(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -
         batch = pad([tokens[i] for i in index], pad_id, device)
         with route(model, adapter):
             out = model(**batch)
-        result[index] = head.probabilities(apply(head, out, batch["attention_mask"])).cpu().double().numpy()
+        result[index] = head.probabilities(apply(head, out, batch["attention_mask"])).numpy()
     model.train(training)
     return result

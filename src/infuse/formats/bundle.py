@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params
@@ -30,9 +30,10 @@ class Bundle:
         deltas: site, its method (settings may differ from site to site), and its tensors.
         shared: tensors that all deltas share.
         copies: module path → tensors, for modules of which the adapter trained its own copy.
-        head: settings and tensors of an Infuse head.
+        head: the Infuse head, if the file has one.
         base: what the file says about its base model: ``name``, ``type``, ``digest``.
         info: facts that travel with the adapter.
+        members: names of the adapters that a mixer mixes.
         name: the name under which it was saved.
     """
 
@@ -40,10 +41,11 @@ class Bundle:
     deltas: list[tuple[Site, Method, Params]]
     shared: dict[str, Tensor] = field(default_factory=dict)
     copies: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    head: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+    head: nn.Module | None = None
     base: dict[str, str] | None = None
     info: dict[str, Any] = field(default_factory=dict)
     name: str = "default"
+    members: list[str] = field(default_factory=list)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -120,4 +122,6 @@ def fitted(name: str, value: Tensor, shape: torch.Size) -> Tensor:
             f"{name} in the file has shape {tuple(value.shape)}, but this model needs {tuple(shape)}: "
             "the adapter was made for another base model."
         )
+    if not value.is_floating_point():
+        raise InfuseError(f"{name} in the file holds {value.dtype} values; an adapter's are floating-point numbers.")
     return value.float().reshape(shape)

@@ -6,6 +6,14 @@ from typing import Any
 
 from infuse.errors import InfuseError
 
+# Options of PEFT's LoRA that change the maths or the base weights, and the values that do not.
+_OTHERS = """lora_bias use_qalora use_bdlora alora_invocation_tokens arrow_config velora_config kasa_config
+    monteclora_config target_parameters trainable_token_indices layer_replication"""
+LORA_VARIANTS: dict[str, tuple] = dict.fromkeys(_OTHERS.split(), ()) | {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+}
+
 
 def refuse_options(config: Mapping[str, Any], allowed: Mapping[str, tuple], method: str) -> None:
     """Raise if an option is set to anything but the values that leave the maths as ``method`` has it."""

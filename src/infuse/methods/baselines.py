@@ -1,4 +1,4 @@
-"""What adapters are measured against: a head alone on the frozen base, and fine-tuning of everything."""
+"""Without deltas: a head alone on the frozen base, fine-tuning of everything, and adapters one after the other."""
 
 from dataclasses import dataclass
 
@@ -27,6 +27,17 @@ class HeadOnly(_NoDelta):
 
     name = "head"
     learning_rate = 3e-3
+
+
+@register_baseline
+@dataclass(frozen=True)
+class Chain(_NoDelta):
+    """What :func:`infuse.stack` attaches: its members act one after the other; it has no deltas of its own."""
+
+    roles: tuple[str, ...] = ()
+
+    name = "stack"
+    learning_rate = 1e-3
 
 
 @register_baseline

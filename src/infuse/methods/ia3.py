@@ -26,7 +26,7 @@ class IA3(Method):
     roles: tuple[str, ...] = ("key", "value", "ffn_hidden")
 
     name = "ia3"
-    learning_rate = 3e-3
+    learning_rate = 1e-2
     sides = ("input", "output")
     mergeable = True
     peft_type = "IA3"
@@ -42,6 +42,9 @@ class IA3(Method):
         if side == "input":
             return weight * p["l"], bias
         return weight * p["l"][:, None], None if bias is None else bias * p["l"]
+
+    def add(self, params: Sequence[Params], weights: Sequence[float]) -> Params:
+        return {"l": sum((w * (p["l"] - 1) for p, w in zip(params, weights, strict=True)), torch.ones(()))}
 
     def to_peft(self, made: Mapping[str, Method], sites: Mapping[str, list[Site]]) -> dict[str, Any]:
         return {"feedforward_modules": sorted(path for path in made if sites[path][0].side == "input")}

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
-from infuse.formats.options import pattern_value, refuse_options
+from infuse.formats.options import LORA_VARIANTS, pattern_value, refuse_options
 from infuse.method import Method, Params, register
+from infuse.ops import joined
 from infuse.sites import Site
 
 
@@ -36,7 +37,7 @@ class LoRA(Method):
     dropout: float = 0.0
 
     name = "lora"
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     mergeable = True
     peft_type = "LORA"
     peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})
@@ -44,6 +45,8 @@ class LoRA(Method):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InfuseError(f"LoRA's rank must be at least 1, not {self.rank}.")
+        if not math.isfinite(self.alpha):
+            raise InfuseError(f"LoRA's alpha must be a number, not {self.alpha}.")
         if not 0 <= self.dropout < 1:
             raise InfuseError(f"LoRA's dropout must lie in [0, 1), not {self.dropout}.")
 
@@ -65,7 +68,7 @@ class LoRA(Method):
         norm = self._updated(p, weight).norm(dim=1).detach()
         return {**p, "gain": p["m"] / norm.to(p["m"].dtype)}
 
-    def forward(
+    def update(
         self,
         p: Params,
         h: Float[Tensor, "*batch out"],
@@ -77,10 +80,10 @@ class LoRA(Method):
         dropped = F.dropout(x, self.dropout, training) if self.dropout else x
         update = F.linear(F.linear(dropped, p["A"]), p["B"]) * self.scale
         if not self.dora:
-            return h + update
+            return update
         # With dropout the whole of V sees the dropped input in the magnitude's share, as PEFT computes it.
         base = F.linear(dropped, weight) if training and self.dropout else h if bias is None else h - bias
-        return h + (p["gain"] - 1) * base + p["gain"] * update
+        return (p["gain"] - 1) * base + p["gain"] * update
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
         updated = self._updated(p, weight)
@@ -106,7 +109,7 @@ class LoRA(Method):
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], path: str) -> "LoRA":
-        refuse_options(config, _PEFT_EXTRAS, "LoRA")
+        refuse_options(config, LORA_VARIANTS, "LoRA")
         return cls(
             rank=int(pattern_value(config.get("rank_pattern"), path, config.get("r", 8))),
             alpha=float(pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))),
@@ -119,34 +122,28 @@ class LoRA(Method):
         return replace(self, rank=slices * self.rank, alpha=self.alpha * (slices**0.5 if self.rslora else slices))
 
     def fuse(self, slices: Sequence[tuple[Site, Params]]) -> tuple[Method, Params]:
-        # k slices of rank r are one update of rank k·r: A's stacked, B block-diagonal in the slices' rows.
-        k, (site, p) = len(slices), slices[0]
-        whole = {
-            "A": torch.cat([p["A"].detach() for _, p in slices]),
-            "B": p["B"].new_zeros(site.out_features, k * self.rank),
-        }
+        site = slices[0][0]
+        a, b = joined([(p["A"], p["B"], slice(s.start, s.stop)) for s, p in slices], site.out_features)
+        whole = {"A": a, "B": b}
         if self.dora:
             whole["m"] = replace(site, start=0, stop=site.out_features).weight.detach().float().norm(dim=1)
-        for i, (site, p) in enumerate(slices):
-            rows = slice(site.start, site.stop)
-            whole["B"][rows, i * self.rank : (i + 1) * self.rank] = p["B"].detach()
-            if self.dora:
-                whole["m"][rows] = p["m"].detach()
-        return self.fused(k), whole
+            for site, p in slices:
+                whole["m"][site.start : site.stop] = p["m"].detach()
+        return self.fused(len(slices)), whole
+
+    def summed(self, terms: int) -> Method:
+        return self.fused(terms)
+
+    def add(self, params: Sequence[Params], weights: Sequence[float]) -> Params:
+        if self.dora:
+            raise InfuseError("DoRA's magnitudes do not add up: average its adapters instead.")
+        parts = [(p["A"], w * p["B"], slice(None)) for p, w in zip(params, weights, strict=True)]
+        a, b = joined(parts, len(params[0]["B"]))
+        return {"A": a, "B": b}
 
     def split(self, fused: Params, sites: Sequence[Site]) -> list[Params]:
         parts: list[Params] = []
-        for i, site in enumerate(sites):
-            rows, ranks = slice(site.start, site.stop), slice(i * self.rank, (i + 1) * self.rank)
-            part = {"A": fused["A"][ranks], "B": fused["B"][rows, ranks]}
-            parts.append(part | ({"m": fused["m"][rows]} if self.dora else {}))
+        for site, a, b in zip(sites, fused["A"].split(self.rank), fused["B"].split(self.rank, dim=1), strict=True):
+            rows = slice(site.start, site.stop)
+            parts.append({"A": a, "B": b[rows]} | ({"m": fused["m"][rows]} if self.dora else {}))
         return parts
-
-
-# PEFT options that change the maths or the base weights, and the values that do not.
-_OTHERS = """lora_bias use_qalora use_bdlora alora_invocation_tokens arrow_config velora_config kasa_config
-    monteclora_config target_parameters trainable_token_indices layer_replication"""
-_PEFT_EXTRAS = dict.fromkeys(_OTHERS.split(), ()) | {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
-}

@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from infuse.errors import InfuseError
 from infuse.heads import Head, apply
-from infuse.model import store_of
+from infuse.model import penalty, store_of
 from infuse.texts import Tokens, pad
 from infuse.training.settings import Settings
 
-WEIGHTS = "trained.safetensors"
+WEIGHTS, STATE = "trained.safetensors", "trainer_state.json"
 
 
 class TextClassifier(nn.Module):
@@ -44,7 +44,8 @@ class TextClassifier(nn.Module):
         logits = apply(head, out, attention_mask)
         if labels is None:
             return {"logits": logits}
-        return {"loss": head.loss(logits, labels, self.class_weights, self.smoothing), "logits": logits}
+        loss = head.loss(logits, labels, self.class_weights, self.smoothing)
+        return {"loss": loss + penalty(self.model, self.adapter.name), "logits": logits}
 
     def train(self, mode: bool = True) -> "TextClassifier":
         self.training = mode
@@ -146,7 +147,20 @@ class AdapterTrainer(Trainer):
                 parameter.copy_(state[name])
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        best = Path(str(self.state.best_model_checkpoint)).name
+        self._load_from_checkpoint(str(Path(str(self.args.output_dir)) / best))
+
+    def go_on(self, checkpoint: Path) -> None:
+        """Resume from a state; if training had come to its end there, take the best state without further steps."""
+        self._load_from_checkpoint(str(checkpoint))
+        state = TrainerState.load_from_json(str(checkpoint / STATE))
+        callbacks: Any = state.stateful_callbacks
+        if not callbacks["TrainerControl"]["args"]["should_training_stop"]:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self.state = state
+        if state.best_model_checkpoint:
+            self._load_best_model()
 
 
 class NaNGuard(TrainerCallback):

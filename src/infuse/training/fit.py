@@ -3,6 +3,7 @@
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -20,13 +23,11 @@ from infuse.data import Rows
 from infuse.errors import InfuseError, listed
 from infuse.heads import Head
 from infuse.method import make
-from infuse.model import attach
+from infuse.model import attach, fuse
 from infuse.texts import features, tokenize
-from infuse.training.engine import WEIGHTS, AdapterTrainer, Buckets, Collate, Encoded, NaNGuard, TextClassifier
+from infuse.training.engine import STATE, WEIGHTS, AdapterTrainer, Buckets, Collate, Encoded, NaNGuard, TextClassifier
 from infuse.training.metrics import decide, overall
 from infuse.training.settings import Settings
-
-_DONE = "trainer_state.json"
 
 
 @dataclass
@@ -49,6 +50,7 @@ def fit(
     name: str = "default",
     checkpoints: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    members: Sequence[str] = (),
 ) -> Fitted:
     """Attach an adapter with a head to ``base`` and train both; the best epoch on validation is kept.
 
@@ -60,6 +62,7 @@ def fit(
         checkpoints: a folder for the state after every epoch; if it holds states of an interrupted run, training goes
             on from the newest whole one and ends with the same weights as an uninterrupted run.
         callbacks: more callbacks of Trainer, for progress.
+        members: for a mixer, the names of the attached adapters that it mixes.
     Raises:
         InfuseError: settings that cannot work, labels in validation that training lacks, a loss that is not finite.
     """
@@ -69,7 +72,10 @@ def fit(
         raise InfuseError(f"Training needs at least two labels, but the rows have {listed(labels)}.")
     set_seed(settings.seed)
     method = make(settings.method)
-    adapter = attach(base.model, method, name, layers=settings.layers)
+    if members:
+        adapter = fuse(base.model, members, method, name)
+    else:
+        adapter = attach(base.model, method, name, layers=settings.layers)
     adapter.head = Head(settings.head, labels, base.width, base.pooling, train.multi)
     adapter.head.to(next(base.model.parameters()).device)
     pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
@@ -94,9 +100,10 @@ def fit(
         )
         trainer.remove_callback(_printer(trainer))
         newest = newest_checkpoint(folder)
-        if newest is not None:
-            trainer._load_from_checkpoint(str(newest))
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        if newest is None:
+            trainer.train()
+        else:
+            trainer.go_on(newest)
         model.eval()
         base.model.eval()
         return Fitted(adapter, tuple(labels), list(trainer.state.log_history), newest is not None)
@@ -131,15 +138,17 @@ def class_weights(targets: Tensor, count: int) -> Tensor:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole state in a folder; Trainer writes ``trainer_state.json`` last."""
-    whole = [p for p in folder.glob("checkpoint-*") if (p / WEIGHTS).exists() and _readable(p / _DONE)]
-    return max(whole, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest whole state in a folder."""
+    newest_first = sorted(folder.glob("checkpoint-*"), key=lambda p: -int(p.name.split("-")[1]))
+    return next(filter(_whole, newest_first), None)
 
 
-def _readable(path: Path) -> bool:
+def _whole(checkpoint: Path) -> bool:
     try:
-        return bool(json.loads(path.read_text()))
-    except (OSError, ValueError):
+        load_file(checkpoint / WEIGHTS)
+        archives = [zipfile.ZipFile(checkpoint / name) for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth")]
+        return not any(archive.testzip() for archive in archives) and bool(json.loads((checkpoint / STATE).read_text()))
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile):
         return False
 
 
@@ -171,6 +180,7 @@ def _arguments(settings: Settings, folder: Path, rows: int, evaluates: bool) -> 
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=evaluates,
+        restore_callback_states_from_checkpoint=True,  # or patience would count from zero again
         metric_for_best_model="macro_f1",
         greater_is_better=True,
         logging_steps=max(1, steps // 10),

@@ -54,3 +54,19 @@ def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, pat
     right.set(xlabel="epoch", ylabel="macro-F1")
     right.legend()
     figure.savefig(path, dpi=120)
+
+
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
+    """Weights between 0 and 1, (rows, columns), with the number in every cell."""
+    figure = Figure(figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.26 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(columns)), list(columns), rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    for (row, column), value in np.ndenumerate(values):
+        axes.text(
+            column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black"
+        )
+    axes.set_title("mean attention of the fusion", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.7)
+    figure.savefig(path, dpi=120)

@@ -1,7 +1,5 @@
 """One run of ``infuse train``: from a data source and a base's name to a run folder."""
 
-import csv
-import io
 import json
 import shutil
 import time
@@ -17,19 +15,21 @@ from transformers import TrainerCallback
 from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, save
 from infuse.data import Rows, load_splits
+from infuse.data.check import check_rows
 from infuse.errors import InfuseError
-from infuse.method import make
+from infuse.method import Mixer, make
 from infuse.model import summary
 from infuse.precision import dtype_of, name_of
+from infuse.sites import find_sites, select
 from infuse.texts import probabilities, tokenize
 from infuse.training.baseline import logistic_regression
 from infuse.training.fit import encode, fit
+from infuse.training.members import ADAPTER, CHECKPOINTS, adapter_folder, load_members, write_attention, write_csv
 from infuse.training.metrics import confusion, decide, overall, per_class
 from infuse.training.plots import confusion_plot, curves_plot
 from infuse.training.settings import Settings
 
-ADAPTER = "adapter"
-_CONFIG, _METRICS, _CHECKPOINTS, MODEL = "config.yaml", "metrics.json", "checkpoints", "model"
+_CONFIG, _METRICS, MODEL = "config.yaml", "metrics.json", "model"
 
 
 @dataclass
@@ -58,6 +58,8 @@ class TrainConfig(Settings):
     """Share of the rows to validate on where the data has no validation split."""
     baseline: bool = True
     """Fit logistic regression on frozen features as the number to beat."""
+    members: tuple[Path, ...] = ()
+    """Run folders (or adapters) to fuse, with method: fusion; infuse fuse takes them as arguments."""
     overwrite: bool = False
     """Replace what the run folder holds."""
 
@@ -105,19 +107,30 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
     precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
     count = len(labels) if config.head == "hf" else None
     base = load_base(config.base, labels=count, pooling=config.pooling, precision=precision)
+    for site in select(find_sites(base.model), method.roles, config.layers):
+        method.check(site)
+    members = load_members(base.model, config.members)
+    if bool(members) != isinstance(method, Mixer):
+        raise InfuseError("Fusion mixes saved runs: use infuse fuse RUN RUN … (or method: fusion with members).")
     say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, {len(labels)} labels")
 
     evaluated = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
     baseline = None
     if config.baseline:
         baseline = logistic_regression(base, splits.train, evaluated, config.max_length)
+    if config.overwrite:
+        _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _CONFIG).write_text(as_yaml(config))
     started = time.perf_counter()
-    fitted = fit(
-        base, splits.train, splits.validation, config,
-        name=ADAPTER, checkpoints=folder / _CHECKPOINTS, callbacks=callbacks,
-    )  # fmt: skip
+    try:
+        fitted = fit(
+            base, splits.train, splits.validation, config,
+            name=ADAPTER, checkpoints=folder / CHECKPOINTS, callbacks=callbacks, members=members,
+        )  # fmt: skip
+    except InfuseError:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # other settings may now use the folder
+        raise
     seconds = time.perf_counter() - started
 
     counts = summary(base.model)
@@ -150,10 +163,12 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
         "data": config.data,
     }
     _write_model(base, method.unfreezes, folder)
+    if members:
+        write_attention(base, fitted.adapter, splits.validation, config.max_length, folder)
     _write_curves(folder, fitted.history)
     curves_plot(fitted.history, baseline["validation"]["macro_f1"] if baseline else None, folder / "curves.png")
     (folder / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-    shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Run(folder, metrics, warnings)
 
 
@@ -183,9 +198,7 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
         precision: of the trunk; by default the one in which the adapter was trained and measured.
     """
     folder = Path(path)
-    if (folder / _CHECKPOINTS).exists():
-        raise InfuseError(f"The run in {folder} was interrupted; run the same infuse train command again to finish it.")
-    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    adapter = adapter_folder(folder)
     facts = header(adapter)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {adapter} has no classification head; it can't label texts.")
@@ -205,6 +218,10 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
 
 def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Overall measures and measures per class of a predictor on labelled rows."""
+    check_rows(rows, "the data")
+    if rows.multi != predictor.multi:
+        have, mend = ("several labels", "pass") if predictor.multi else ("one label", "leave out")
+        raise InfuseError(f"The run gives each text {have}, unlike the data: {mend} --multi, or use other data.")
     targets = encode(predictor.base, rows, predictor.labels, predictor.max_length).targets.numpy()
     predicted = decide(predictor.probabilities(rows.texts), predictor.multi)
     return overall(targets, predicted), per_class(targets, predicted, predictor.labels)
@@ -212,8 +229,14 @@ def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[d
 
 def as_yaml(config: Any) -> str:
     """A dataclass of settings as YAML that the command line reads back."""
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items() if k != "config"}
+    plain = {k: _plain(v) for k, v in asdict(config).items() if k != "config"}
     return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _prepare(config: TrainConfig) -> Path:
@@ -221,10 +244,10 @@ def _prepare(config: TrainConfig) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InfuseError(f"{folder} is a file; choose another --out.")
     if config.overwrite and (folder / _CONFIG).exists():
-        shutil.rmtree(folder)
-    if (folder / _METRICS).exists():
+        return folder
+    if (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists():
         raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
-    if (folder / _CHECKPOINTS).exists() and (folder / _CONFIG).exists():
+    if (folder / CHECKPOINTS).exists() and (folder / _CONFIG).exists():
         before = yaml.safe_load((folder / _CONFIG).read_text()) or {}
         now = yaml.safe_load(as_yaml(config))
         changed = [k for k in now if k not in ("out", "overwrite") and before.get(k) != now[k]]
@@ -236,6 +259,13 @@ def _prepare(config: TrainConfig) -> Path:
     elif folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
         raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
     return folder
+
+
+def _clear(folder: Path) -> None:
+    for name in (CHECKPOINTS, ADAPTER, MODEL):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (_METRICS, _CONFIG, "per_class.csv", "confusion.png", "curves.csv", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -255,18 +285,11 @@ def _write_model(base: BaseModel, whole: bool, folder: Path) -> None:
 
 
 def _write_classes(folder: Path, targets: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> None:
-    _write_csv(folder / "per_class.csv", per_class(targets, predicted, labels))
+    write_csv(folder / "per_class.csv", per_class(targets, predicted, labels))
 
 
 def _write_curves(folder: Path, history: list[dict[str, float]]) -> None:
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_accuracy", "eval_macro_f1")
-    _write_csv(folder / "curves.csv", [{c: h.get(c, "") for c in columns} for h in history])
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    out = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    path.write_text(out.getvalue())
+    write_csv(
+        folder / "curves.csv", [{c: h.get(c, "") for c in columns} for h in history if {"loss", "eval_loss"} & h.keys()]
+    )

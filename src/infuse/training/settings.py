@@ -1,9 +1,11 @@
 """The settings of a training run that do not depend on its data."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 
 
 @dataclass
@@ -18,7 +20,7 @@ class Settings:
     """cosine: started at the class centroids; linear: started at zero; hf: the transformers model's own."""
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """How token vectors become one vector; auto: what the base says, else by its architecture."""
-    epochs: int = 6
+    epochs: int = 4
     """Passes over the training rows; the best one on validation is kept."""
     batch_size: int = 32
     """Rows per optimizer step."""
@@ -51,6 +53,12 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`InfuseError` for a value that cannot work."""
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            hint, value = hints[field.name], getattr(self, field.name)
+            if not _fits(value, hint):
+                kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
+                raise InfuseError(f"{field.name} must be of the kind {kind}, not {value!r}.")
         for name, low, high in (
             ("epochs", 1, 10_000),
             ("batch_size", 1, 100_000),
@@ -67,3 +75,14 @@ class Settings:
                 raise InfuseError(f"{name} must lie between {low} and {high:g}, not {value}.")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
             raise InfuseError(f"learning_rate must be positive and at most 10, not {self.learning_rate}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    wanted = {int: Integral, float: Real}.get(hint, hint)  # numpy's numbers too
+    return isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))

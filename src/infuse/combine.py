@@ -1,0 +1,86 @@
+"""New adapters from trained ones, without training: averages, sums, and differences of what they learnt."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from infuse.adapter import Adapter, Delta, key
+from infuse.errors import InfuseError, listed
+from infuse.method import Params, make
+from infuse.model import attach_at, owner_of, store_of
+
+
+def average(
+    model: nn.Module, names: Sequence[str], name: str = "average", weights: Sequence[float] | None = None
+) -> Adapter:
+    """A weighted soup: every parameter is the weighted mean of the adapters' parameters.
+
+    The weights are normalised to sum to 1 (equal by default). Wortsman et al. 2022, "Model soups", arXiv:2203.05482.
+    """
+    given = list(weights) if weights is not None else [1.0] * len(names)
+    if len(given) != len(names) or abs(sum(given)) < 1e-12:
+        raise InfuseError(
+            f"Averaging {len(names)} adapters needs as many weights with a sum other than 0, not {given}."
+        )
+    return _combined(model, dict(zip(names, (w / sum(given) for w in given), strict=True)), name, start=0.0)
+
+
+def add(model: nn.Module, terms: Mapping[str, float], name: str = "sum") -> Adapter:
+    """Task arithmetic: ``θ = θ₀ + Σᵢ wᵢ·(θᵢ − θ₀)`` with θ₀ changing nothing; a weight of −1 negates a task.
+
+    θ₀ is 1 for (IA)³'s vectors. Methods whose parameters multiply each other (LoRA, bottlenecks) have no linear sum in
+    their parameters; for them the sum is taken of the parameters themselves, as AdapterHub does, save that LoRA's
+    factors are joined, so that the updates add up exactly. Ilharco et al. 2023, arXiv:2212.04089; Zhang et al. 2023,
+    arXiv:2306.14870.
+    """
+    return _combined(model, terms, name, start=None)
+
+
+def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Adapter:
+    """An adapter that applies others one after the other at every site, each to what the one before has made.
+
+    Pfeiffer et al. 2020, "MAD-X", arXiv:2005.00052 (a task adapter on top of a language adapter).
+    """
+    store = store_of(model)
+    if not names or any(store[each].members for each in names):
+        raise InfuseError(f"Stack one or more plain adapters, not {listed(names)}.")
+    chain = Adapter(name or "+".join(names), make("stack"), [], {}, {})
+    chain.members = tuple(names)
+    return attach_at(owner_of(model), chain, trained=())
+
+
+def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: float | None) -> Adapter:
+    store, model = store_of(model), owner_of(model)
+    adapters = [store[each] for each in terms]
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.method != first.method or list(other.sites) != list(first.sites) or other.members:
+            raise InfuseError(f"Only adapters of one method at the same sites can be combined, not {listed(terms)}.")
+    weights = list(terms.values())
+    method = first.method if start is not None else first.method.summed(len(adapters))
+    deltas = {}
+    for site_name, site in first.sites.items():
+        params = [_own(adapter, site_name) for adapter in adapters]
+        if start is None:
+            at = first.method_at(site)
+            deltas[site_name] = Delta(at.summed(len(adapters)), _detached(at.add(params, weights)))
+        else:
+            deltas[site_name] = Delta(first.method_at(site), _detached(_weighted(params, weights)))
+    shared: list[dict[str, Tensor]] = [{n: p for n, p in adapter.shared.items()} for adapter in adapters]  # noqa: C416
+    combined = Adapter(name, method, first.sites.values(), deltas, _detached(_weighted(shared, weights)))
+    return attach_at(model, combined, trained=())
+
+
+def _own(adapter: Adapter, site: str) -> Params:
+    delta = adapter.deltas[key(site)]
+    assert isinstance(delta, Delta)
+    return delta.params
+
+
+def _weighted(params: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    return {n: torch.stack([w * p[n] for p, w in zip(params, weights, strict=True)]).sum(0) for n in params[0]}
+
+
+def _detached(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in params.items()}

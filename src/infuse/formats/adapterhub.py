@@ -1,0 +1,286 @@
+"""Files of AdapterHub (the ``adapters`` library): bottlenecks, Compacter, LoRA, (IA)³ and fusions, read and written.
+
+What a file computes follows from its config; what can't be expressed here is refused by name, never approximated.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infuse.adapter import Adapter
+from infuse.arch import ROLES
+from infuse.errors import InfuseError, listed
+from infuse.formats import hub_config as config_of
+from infuse.formats.bundle import Bundle, fitted
+from infuse.formats.peft import by_module, heads
+from infuse.method import Method, Params
+from infuse.methods.fusion import Fusion
+from infuse.methods.ia3 import IA3
+from infuse.methods.lora import LoRA
+from infuse.sites import Site, match_path, model_type, site_at
+
+CONFIG, FUSION_CONFIG, HEAD_CONFIG = "adapter_config.json", "adapter_fusion_config.json", "head_config.json"
+WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
+HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
+_LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
+_KINDS = re.compile(r"(?:^|\.)(adapters|loras|shared_parameters|adapter_fusion_layer)\.")
+_CONTAINERS = {
+    "attention_output": "attention_adapters",
+    "cross_attention_output": "cross_attention_adapters",
+    "ffn_output": "output_adapters",
+}
+_FUSION_OPTIONS = {
+    "key": True,
+    "query": True,
+    "value": True,
+    "value_before_softmax": True,
+    "query_before_ln": False,
+    "residual_before": False,
+    "temperature": False,
+}
+_FUSION = {"Q": "query.weight", "q": "query.bias", "K": "key.weight", "k": "key.bias", "V": "value.weight"}
+
+
+def container(model: nn.Module, site: Site) -> str:
+    """The path under which the library hangs the adapters of a sublayer's output."""
+    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    if kind in ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"):
+        return site.path.removesuffix(".dense")
+    if kind in ("t5", "mt5"):
+        return re.sub(r"(\.layer\.\d+)\..*", r"\1", site.path)
+    where = f"{site.layer_path}.attention" if kind == "albert" and "attention" in site.role else site.layer_path
+    return f"{where}.{_CONTAINERS[site.role]}"
+
+
+def containers(model: nn.Module, sites: Sequence[Site]) -> dict[str, Site]:
+    """Container path → site, for all outputs of sublayers."""
+    return {container(model, s): s for s in sites if s.role in _CONTAINERS and s.side == "output" and s.whole}
+
+
+def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Bundle:
+    """An adapter folder's tensors as deltas of ``model``.
+
+    Raises:
+        InfuseError: an option or method that Infuse lacks, keys that fit nothing, wrong shapes, a lost shared rule.
+    """
+    name = str(config.get("name") or "default")
+    parts = grouped(tensors, name)
+    settings = config_of.resolved(config)
+    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    base = {
+        "name": str(config.get("model_name") or "an unnamed base"),
+        "type": str(config.get("model_type") or ""),
+        "digest": "",
+    }
+    if settings.get("architecture") == "lora":
+        deltas = _lora(model, sites, parts.get("loras", {}), config, settings, kind)
+        return _bundle(deltas, name, base)
+    if settings.get("architecture") is not None:
+        raise InfuseError(
+            f"The file holds an adapter of type {settings['architecture']!r}, which Infuse does not have."
+        )
+    method = config_of.bottleneck(settings, kind)
+    places = containers(model, sites)
+    deltas: list[tuple[Site, Method, Params]] = []
+    for path, found in parts.get("adapters", {}).items():
+        place = match_path(path, places)
+        if place is None:
+            raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
+        site = places[place]
+        own = config_of.at(method, settings, site, kind, found)
+        deltas.append((site, own, _params(own, site, found)))
+    shared = {}
+    if "rule" in method.shared(()):
+        rule = next(iter(parts.get("shared_parameters", {}).values()), {}).get("phm_rule")
+        if rule is None:
+            raise InfuseError(
+                "The file lacks Compacter's shared rule, which the library loses when it saves from a model without a "
+                "head; save it again from a model with one."
+            )
+        shared = {"rule": fitted("phm_rule", rule, method.shared(())["rule"].shape)}
+    bundle = _bundle(deltas, name, base)
+    bundle.shared = shared
+    return bundle
+
+
+def read_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The head of a transformers class (``classifier.weight``, …) as trained copies; others have no place here."""
+    return heads(model, {k: v for k, v in tensors.items() if not k.startswith("heads.")}, None)
+
+
+def read_fusion(
+    model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> Bundle:
+    """A fusion folder's tensors; its members are attached already, or are loaded beside it."""
+    settings = config.get("config")
+    settings = {"value": settings != "static"} if isinstance(settings, str | None) else dict(settings)
+    for option, only in _FUSION_OPTIONS.items():
+        if settings.get(option, only) != only:
+            raise InfuseError(f"The fusion file uses {option}={settings[option]}, which Infuse's Fusion does not have.")
+    name = str(config["name"])
+    members = [str(m) for m in config.get("adapter_names") or name.split(",")]
+    places, deltas = containers(model, sites), []
+    for path, found in grouped(tensors, name).get("adapter_fusion_layer", {}).items():
+        place = match_path(path, places)
+        if place is None:
+            raise InfuseError(f"The file fuses at {path!r}, which {type(model).__name__} does not have.")
+        with torch.device("meta"):
+            expected = Fusion().init(places[place])
+        params = {
+            n: fitted(f"{path}.{_FUSION[n]}", _take(found, path, _FUSION[n]), v.shape) for n, v in expected.items()
+        }
+        deltas.append((places[place], Fusion(), params))
+    base = {"name": str(config.get("model_name") or "an unnamed base"), "type": "", "digest": ""}
+    bundle = _bundle(deltas, name, base)
+    bundle.members = members
+    return bundle
+
+
+def write(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under the library's names, and the content of ``adapter_config.json``.
+
+    Raises:
+        InfuseError: the library has no such method, or not these settings.
+    """
+    facts = _facts(model, adapter, version)
+    if facts["model_type"] == "albert" and any(
+        s.role == "attention_output" and getattr(adapter.method_at(s), "reads", "normed") != "normed"
+        for s in adapter.sites.values()
+    ):
+        raise InfuseError(
+            "AdapterHub exchanges output and residual at ALBERT's attention; this adapter can't be written so."
+        )
+    return gathered(model, adapter, lambda tensor: tensor.detach()), {"config": config_of.written(adapter), **facts}
+
+
+def write_fusion(
+    model: nn.Module, adapter: Adapter, version: str = "1.3.0"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a fusion under the library's names, and the content of ``adapter_fusion_config.json``."""
+    settings = {
+        "dropout_prob": None, "key": True, "query": True, "query_before_ln": False, "regularization": True,
+        "residual_before": False, "temperature": False, "value": True, "value_before_softmax": True,
+        "value_initialized": True,
+    }  # fmt: skip
+    facts = {"adapter_names": list(adapter.members), "config": settings, **_facts(model, adapter, version)}
+    return gathered(model, adapter, lambda tensor: tensor.detach()), facts
+
+
+def _facts(model: nn.Module, adapter: Adapter, version: str) -> dict[str, Any]:
+    inner: Any = next((m for m in model.modules() if model_type(m)), model)
+    return {
+        "hidden_size": getattr(inner.config, "hidden_size", None) or getattr(inner.config, "d_model", None),
+        "model_class": type(model).__name__,
+        "model_name": getattr(inner, "name_or_path", ""),
+        "model_type": model_type(inner),
+        "name": adapter.name,
+        "version": f"adapters.{version}",
+    }
+
+
+def gathered(model: nn.Module, adapter: Adapter, value: Any) -> dict[str, Tensor]:
+    """``value`` of every parameter (itself, or its gradient) under the library's names and in its shapes."""
+    tensors: dict[str, Tensor] = {}
+    if isinstance(adapter.method, LoRA | IA3):
+        for path, on in by_module(adapter.sites.values()).items():
+            params = [{n: value(t) for n, t in adapter.params(s).items()} for s in on]
+            for key in params[0]:
+                joined = torch.cat([p[key] for p in params])
+                name = config_of.LORA_KEYS[key]
+                tensors[f"{path}.loras.{adapter.name}.{name}"] = joined[:, None] if joined.dim() == 1 else joined
+        return tensors
+    kind = "adapter_fusion_layer" if isinstance(adapter.method, Fusion) else "adapters"
+    for site in adapter.sites.values():
+        keys = _FUSION if kind == "adapter_fusion_layer" else config_of.keys(adapter.method_at(site))
+        prefix = f"{site.prefix}{container(model, site)}.{kind}.{adapter.name}"
+        for name, parameter in adapter.params(site).items():
+            if name in keys:
+                tensors[f"{prefix}.{keys[name]}"] = value(parameter)
+    if "rule" in adapter.shared:
+        prefix = next(iter(adapter.sites.values())).prefix
+        tensors[f"{prefix}shared_parameters.{adapter.name}.phm_rule"] = value(adapter.shared["rule"])
+    return tensors
+
+
+def grouped(tensors: Mapping[str, Tensor], name: str) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Kind (``adapters``, ``loras``, …) → place → rest of the key → tensor; the adapter's name stands between them."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        plain = _LEGACY.sub(".adapters.", key)
+        match = _KINDS.search(plain)
+        if match is None or not plain[match.end() :].startswith(name + "."):
+            what = re.search(r"invertible|prefix|prompt|reft|vera", plain)
+            raise InfuseError(
+                f"The file holds {key!r}, {'which Infuse does not have' if what else 'which fits no adapter'}."
+            )
+        rest = plain[match.end() + len(name) + 1 :]
+        found.setdefault(match[1], {}).setdefault(plain[: match.start()], {})[rest] = tensor
+    return found
+
+
+def tensors_path(folder: Path, names: Sequence[str]) -> Path:
+    return next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
+
+
+def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str, str]) -> Bundle:
+    if not deltas:
+        raise InfuseError(f"None of the file's tensors belongs to the adapter {name!r} that its config names.")
+    roles = {s.role for s, _, _ in deltas}
+    roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
+    ordered = tuple(r for r in ROLES if r in roles)
+    deltas = [(s, replace(m, roles=ordered), p) for s, m, p in deltas]
+    return Bundle(deltas[0][1], deltas, base=base, name=name)
+
+
+def _params(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        expected = method.init(site)
+    keys = config_of.keys(method)
+    method.check(site)
+    if extra := set(found) - {keys[n] for n in expected}:
+        raise InfuseError(f"The file holds {listed(sorted(extra), 3)} at {site.path}, which Infuse can't express.")
+    return {n: fitted(f"{site.path}.{keys[n]}", _take(found, site.path, keys[n]), v.shape) for n, v in expected.items()}
+
+
+def _take(found: Mapping[str, Tensor], place: str, key: str) -> Tensor:
+    if key not in found:
+        raise InfuseError(f"The file lacks {key} at {place}; save or download it again.")
+    return found[key]
+
+
+def _lora(
+    model: nn.Module,
+    sites: Sequence[Site],
+    places: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    kind: str,
+) -> list[tuple[Site, Method, Params]]:
+    method = config_of.lora(settings, config)
+    chosen = [r for r in ("query", "key", "value") if r[0] in settings.get("attn_matrices", ["q", "v"])]
+    deltas: list[tuple[Site, Method, Params]] = []
+    for path, found in places.items():
+        whole = site_at(model, path, sites)
+        if whole is None:
+            raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
+        slices = [s for s in sites if s.module is whole.module and not s.whole and s.role in chosen]
+        on = slices if whole.role == "qkv" else [whole]
+        if isinstance(method, IA3):
+            on = [config_of.ia3_site(s, sites, kind) for s in on]
+        with torch.device("meta"):
+            expected = [method.init(site) for site in on]
+        for key in expected[0]:
+            name = config_of.LORA_KEYS[key]
+            sizes = [int(e[key].shape[0]) for e in expected]
+            joined = torch.Size((sum(sizes), *expected[0][key].shape[1:]))
+            split = fitted(f"{path}.{name}", _take(found, path, name), joined).split(sizes)
+            for each, part in zip(expected, split, strict=True):
+                each[key] = part
+        deltas += [(site, method, each) for site, each in zip(on, expected, strict=True)]
+    return deltas

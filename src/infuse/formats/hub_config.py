@@ -1,0 +1,211 @@
+"""Configurations of AdapterHub: presets, options, and what they mean as a method of Infuse."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from infuse.adapter import Adapter
+from infuse.errors import InfuseError
+from infuse.formats.options import refuse_options
+from infuse.method import Method
+from infuse.methods.bottleneck import Bottleneck
+from infuse.methods.compacter import Compacter
+from infuse.methods.ia3 import IA3
+from infuse.methods.lora import LoRA
+from infuse.sites import Site
+
+LORA_KEYS = {"A": "lora_A", "B": "lora_B", "l": "lora_B"}
+
+_DEFAULTS: dict[str, Any] = {
+    "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
+    "init_weights": "bert", "is_parallel": False, "scaling": 1.0, "use_gating": False, "residual_before_ln": True,
+    "adapter_residual_before_ln": False, "inv_adapter": None, "inv_adapter_reduction_factor": None,
+    "cross_adapter": False, "leave_out": [], "dropout": 0.0, "phm_layer": False, "phm_dim": 4,
+    "factorized_phm_W": True, "shared_W_phm": False, "shared_phm_rule": True, "factorized_phm_rule": False,
+    "phm_c_init": "normal", "phm_init_range": 0.0001, "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform", "phm_rank": 1, "phm_bias": True, "stochastic_depth": 0.0,
+    "init_weights_seed": None,
+}  # fmt: skip
+
+_SEQ = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 16, "non_linearity": "relu",
+        "original_ln_before": True}  # fmt: skip
+_DOUBLE = {"mh_adapter": True, "output_adapter": True, "reduction_factor": 16, "non_linearity": "swish"}
+_PARALLEL = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 2, "non_linearity": "relu",
+             "is_parallel": True, "scaling": 4.0, "init_weights": "mam_adapter"}  # fmt: skip
+_PHM = {"phm_layer": True, "reduction_factor": 32, "non_linearity": "gelu"}
+_LORA = {"architecture": "lora", "attn_matrices": ["q", "v"], "r": 8, "alpha": 8, "composition_mode": "add"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "seq_bn": _SEQ, "pfeiffer": _SEQ, "double_seq_bn": _DOUBLE, "houlsby": _DOUBLE, "par_bn": _PARALLEL,
+    "parallel": _PARALLEL, "scaled_par_bn": _PARALLEL | {"scaling": "learned"},
+    "scaled_parallel": _PARALLEL | {"scaling": "learned"},
+    "compacter": _DOUBLE | _PHM, "compacter++": _SEQ | _PHM, "lora": _LORA,
+    "ia3": _LORA | {"attn_matrices": ["k", "v"], "r": 1, "alpha": 1, "composition_mode": "scale"},
+}  # fmt: skip
+_STARTS = {"bert": "normal", "mam_adapter": "zero", "houlsby": "truncated"}
+
+
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The full settings of an adapter's config: a dict, a preset, or ``preset[key=value, …]``."""
+    given = config.get("config")
+    if given is None:
+        given = dict(_SEQ)
+    elif isinstance(given, str):
+        match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", given.strip())
+        if match is None or match[1] not in PRESETS:
+            raise InfuseError(f"The file's configuration {given!r} is none that Infuse has.")
+        pairs = [item.partition("=") for item in (match[2] or "").split(",") if item.strip()]
+        given = PRESETS[match[1]] | {k.strip(): yaml.safe_load(v) for k, _, v in pairs}
+    settings = {**_DEFAULTS, **given}
+    legacy = {"gelu": "gelu_new", "gelu_orig": "gelu"} if not config.get("version") else {}
+    name = str(settings.get("non_linearity", "relu")).lower()
+    settings["non_linearity"] = legacy.get(name, name)
+    return settings
+
+
+def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter:
+    """The method of a bottleneck's or a Compacter's settings, on a model of type ``kind``."""
+    refuse_options(settings, {
+        "ln_before": (), "ln_after": (), "use_gating": (), "stochastic_depth": (), "factorized_phm_rule": (),
+        "shared_W_phm": (), "residual_before_ln": (True,),
+    }, "Bottleneck")  # fmt: skip
+    for option in ("original_ln_after", "residual_before_ln", "phm_bias"):
+        if settings[option] is False and not (option == "residual_before_ln" and settings["is_parallel"]):
+            raise InfuseError(f"The file uses {option}=False, which Infuse's Bottleneck does not have.")
+    if kind == "modernbert":
+        raise InfuseError("AdapterHub's ModernBERT draws a random bias that its files lack; they can't be reproduced.")
+    reads = "residual" if settings["is_parallel"] else "normed" if settings["original_ln_before"] else "output"
+    if reads == "normed" and kind in ("gemma2", "gemma3_text"):
+        raise InfuseError(
+            "AdapterHub's Gemma reads the last layer's LayerNorm in every layer; Infuse does not do that."
+        )
+    common: dict[str, Any] = {
+        "roles": ("attention_output", "ffn_output"),
+        "activation": {"leakyrelu": "leaky_relu"}.get(settings["non_linearity"], settings["non_linearity"]),
+        "reads": reads,
+        "dropout": float(settings["dropout"]),
+    }
+    factor = settings.get("reduction_factor", 16)
+    if not isinstance(factor, Mapping):
+        common["reduction"] = float(factor)
+    if settings["phm_layer"]:
+        rank = int(settings["phm_rank"]) if settings["factorized_phm_W"] else 0
+        return Compacter(n=int(settings["phm_dim"]), rank=rank, shared_rule=bool(settings["shared_phm_rule"]), **common)
+    scaling = settings["scaling"]
+    if scaling == "channel":
+        raise InfuseError("The file uses scaling='channel', which Infuse's Bottleneck does not have.")
+    return Bottleneck(
+        scale=1.0 if scaling == "learned" else float(scaling),
+        learned_scale=scaling == "learned",
+        start=_STARTS.get(settings["init_weights"], "normal"),
+        **common,
+    )
+
+
+def at(
+    method: Bottleneck | Compacter, settings: Mapping[str, Any], site: Site, kind: str, found: Mapping[str, Tensor]
+) -> Any:
+    """The method at one site: its width from the tensors, and ALBERT's exchange of output and residual."""
+    down = next((found[k] for k in ("adapter_down.0.bias", "adapter_down.0.b") if k in found), None)
+    if down is not None and len(down) != method_width(method, site):
+        method = replace(method, width=len(down))
+    if kind == "albert" and site.role == "attention_output":
+        method = replace(method, reads={"output": "residual", "residual": "output"}.get(method.reads, method.reads))
+    return method
+
+
+def method_width(method: Bottleneck | Compacter, site: Site) -> int:
+    return method.width or max(1, int(site.width // method.reduction))
+
+
+def keys(method: Method) -> dict[str, str]:
+    """Parameter of a bottleneck or Compacter → the end of its key."""
+    if isinstance(method, Bottleneck):
+        return {
+            "D": "adapter_down.0.weight", "b": "adapter_down.0.bias", "U": "adapter_up.weight", "c": "adapter_up.bias",
+            "s": "scaling",
+        }  # fmt: skip
+    ends = {"left": "W_left", "right": "W_right", "whole": "W", "rule": "phm_rule"}
+    sides = {"down": "adapter_down.0", "up": "adapter_up"}
+    table = {f"{side}_{part}": f"{path}.{end}" for side, path in sides.items() for part, end in ends.items()}
+    return {"b": "adapter_down.0.b", "c": "adapter_up.b", **table}
+
+
+def lora(settings: Mapping[str, Any], config: Mapping[str, Any]) -> LoRA | IA3:
+    """LoRA or (IA)³ from the library's LoRA settings."""
+    refuse_options(settings, {"use_gating": (), "use_dora": (), "vera_d": (), "vera_b": ()}, "LoRA")
+    rank, alpha = int(settings.get("r", 8)), float(settings.get("alpha", 8))
+    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
+    if version and (int(version[1]), int(version[2])) < (1, 1):
+        alpha = float(rank)  # these versions ignored alpha, and the library still loads their files so
+    if settings.get("composition_mode", "add") == "scale":
+        if rank != 1 or alpha != 1:
+            raise InfuseError("The file's (IA)³ has a rank or alpha other than 1, which Infuse's IA3 does not have.")
+        return IA3()
+    return LoRA(rank=rank, alpha=alpha, dropout=float(settings.get("dropout") or 0.0))
+
+
+# Gated blocks whose scaled linear is the branch without non-linearity: there its output's scale is the hidden's scale.
+_UNGATED = {"wi_1", "up_proj"}
+
+
+def ia3_site(site: Site, sites: Any, kind: str) -> Site:
+    """Where the library's (IA)³ at a linear's output belongs; it scales feed-forward blocks before the activation."""
+    if site.role in ("query", "key", "value", "cross_query", "cross_key", "cross_value"):
+        return site
+    hidden = next((s for s in sites if s.role == "ffn_hidden" and (s.stack, s.layer) == (site.stack, site.layer)), None)
+    gated = any(s.role == "ffn_gate" and (s.stack, s.layer) == (site.stack, site.layer) for s in sites)
+    if gated and hidden and site.path.rsplit(".", 1)[-1] in _UNGATED and kind not in ("llama", "mistral"):
+        return hidden
+    raise InfuseError(
+        "AdapterHub's (IA)³ scales the feed-forward block before its non-linearity, T-Few's and Infuse's after it: "
+        f"at {site.path} the two differ, so that this file can't be converted."
+    )
+
+
+def written(adapter: Adapter) -> dict[str, Any]:
+    """The library's full config of an adapter."""
+    method = adapter.method
+    roles = {site.role for site in adapter.sites.values()}
+    if isinstance(method, LoRA):
+        names = {"query": "q", "key": "k", "value": "v"}
+        if method.dora or method.rslora or not roles <= _LORA_ROLES:
+            raise InfuseError("AdapterHub's LoRA has neither rsLoRA, PEFT's DoRA, nor deltas at attention outputs.")
+        return {
+            **{k: v for k, v in _LORA.items() if k != "architecture"}, "architecture": "lora", "r": method.rank,
+            "alpha": method.alpha, "dropout": method.dropout, "init_weights": "lora", "leave_out": [],
+            "attn_matrices": [names[r] for r in names if r in roles], "selfattn_lora": bool(roles & set(names)),
+            "intermediate_lora": "ffn_up" in roles, "output_lora": "ffn_output" in roles, "use_gating": False,
+            "dtype": None, "use_dora": False, "vera_d": None, "vera_b": None,
+        }  # fmt: skip
+    if not isinstance(method, Bottleneck | Compacter):
+        raise InfuseError(f"AdapterHub's files can't express {type(method).__name__} as Infuse has it.")
+    if {"attention_output", "ffn_output", "cross_attention_output"} < roles or method.train_norms:
+        raise InfuseError("AdapterHub's bottlenecks sit at attention and feed-forward outputs, without trained norms.")
+    settings = {
+        **_DEFAULTS,
+        "mh_adapter": "attention_output" in roles,
+        "output_adapter": "ffn_output" in roles,
+        "cross_adapter": "cross_attention_output" in roles,
+        "reduction_factor": method.reduction
+        if not method.width
+        else next(iter(adapter.sites.values())).width / method.width,
+        "non_linearity": method.activation,
+        "is_parallel": method.reads == "residual",
+        "original_ln_before": method.reads == "normed",
+        "dropout": method.dropout,
+    }
+    if isinstance(method, Bottleneck):
+        starts = {ours: theirs for theirs, ours in _STARTS.items()}
+        scaling = "learned" if method.learned_scale else method.scale
+        return settings | {"scaling": scaling, "init_weights": starts[method.start]}
+    return settings | {
+        "phm_layer": True, "phm_dim": method.n, "factorized_phm_W": bool(method.rank), "phm_rank": method.rank or 1,
+        "shared_phm_rule": method.shared_rule,
+    }  # fmt: skip
+
+
+_LORA_ROLES = {"query", "key", "value", "cross_query", "cross_key", "cross_value", "ffn_up", "ffn_output"}

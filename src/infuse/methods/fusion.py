@@ -1,0 +1,64 @@
+"""AdapterFusion: attention over the updates of several trained adapters."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from infuse.method import Mixer, Params, register_mixer
+from infuse.sites import Site
+
+
+@register_mixer
+@dataclass(frozen=True)
+class Fusion(Mixer):
+    """``h' = h + Σᵢ pᵢ·V·uᵢ`` with ``p = softmax(q·kᵢ)``, ``q = Q·z + b_q`` and ``kᵢ = K·uᵢ + b_k``.
+
+    ``uᵢ`` is what member i would add to the activation, ``z`` what the last member reads (LN(h + r) for Pfeiffer
+    adapters in post-norm layers); no 1/√d. Q, K start N(0, 0.02) with zero biases, V (without bias) at the identity
+    with 1e-6 beside the diagonal; the loss gets ``regulariser·Σ(I − V)²`` summed over the sites. Members stay frozen.
+    Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", arXiv:2005.00247.
+    """
+
+    roles: tuple[str, ...] = ()
+    """Filled from the members' sites."""
+    regulariser: float = 0.01
+    dropout: float = 0.0
+    """Dropout on the scores."""
+
+    name = "fusion"
+    learning_rate = 5e-5
+    undecayed = ("V",)
+
+    def init(self, site: Site) -> dict[str, Tensor]:
+        def normal() -> Tensor:
+            return torch.randn(site.width, site.width) * 0.02
+
+        value = torch.full((site.width, site.width), 1e-6).fill_diagonal_(1.0)
+        return {
+            "Q": normal(), "q": torch.zeros(site.width), "K": normal(), "k": torch.zeros(site.width), "V": value,
+        }  # fmt: skip
+
+    def weigh(
+        self,
+        p: Params,
+        query: Float[Tensor, "*batch width"],
+        updates: Float[Tensor, "*batch members width"],
+        training: bool,
+    ) -> Float[Tensor, "*batch members"]:
+        q = F.linear(query, p["Q"], p["q"])
+        scores = (F.linear(updates, p["K"], p["k"]) @ q.unsqueeze(-1)).squeeze(-1)
+        if self.dropout:
+            scores = F.dropout(scores, self.dropout, training)
+        return scores.softmax(-1)
+
+    def mix(
+        self, p: Params, weights: Float[Tensor, "*batch members"], updates: Float[Tensor, "*batch members width"]
+    ) -> Float[Tensor, "*batch width"]:
+        return (weights.unsqueeze(-2) @ F.linear(updates, p["V"])).squeeze(-2)
+
+    def penalty(self, p: Params) -> Any:
+        return self.regulariser * (p["V"] - torch.eye(len(p["V"]), device=p["V"].device)).square().sum()

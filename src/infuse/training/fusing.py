@@ -1,0 +1,80 @@
+"""Stage two of AdapterFusion over saved runs, and averages of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import tyro
+
+from infuse.checkpoint import save
+from infuse.combine import average
+from infuse.errors import InfuseError
+from infuse.heads import Head
+from infuse.model import store_of
+from infuse.training.members import ADAPTER, load_members
+from infuse.training.run import Run, Say, TrainConfig, open_run, train
+
+
+@dataclass
+class FuseConfig(TrainConfig):
+    """Fuse the adapters of saved runs for a new task (stage two of AdapterFusion)."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders (or adapters) to fuse; their adapters stay as they are."""
+    member_data: tuple[str, ...] = ()
+    """Data sets to train further members on first, each into a run folder beside --out."""
+    member_method: str = "pfeiffer"
+    """The method of the members that are trained first."""
+    method: str = "fusion"
+    """The mixer and its settings."""
+
+
+@dataclass
+class AverageConfig:
+    """Average the adapters of saved runs into one (a weighted soup)."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders (or adapters) of one method on one base."""
+    out: Path = field(default=Path("runs/average"))
+    """The folder to write the adapter into."""
+    weights: tuple[float, ...] = ()
+    """A weight per run; equal by default."""
+
+
+def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Sequence = ()) -> Run:
+    """Train members where asked, then a fusion over all of them; the run folder also gets the heat maps."""
+    members = list(config.runs)
+    out = config.folder()
+    for source in config.member_data:
+        folder = out.parent / f"{out.name}-{Path(source).stem}"
+        say(f"member {folder.name}: {config.member_method} on {source}")
+        own = TrainConfig(
+            method=config.member_method, data=source, base=config.base, out=folder, seed=config.seed,
+            baseline=False, overwrite=config.overwrite,
+        )  # fmt: skip
+        members.append(train(own, say=say, callbacks=callbacks).folder)
+    if len(members) < 2:
+        raise InfuseError("Fusion needs two or more members: give run folders, or --member-data to train some.")
+    plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    run = train(TrainConfig(**{**plain, "members": tuple(members), "out": out}), say=say, callbacks=callbacks)
+    return run
+
+
+def average_runs(config: AverageConfig) -> Path:
+    """Write the average of several runs' adapters; its head is the average too where all have the same labels."""
+    if len(config.runs) < 2:
+        raise InfuseError("Averaging needs two or more run folders.")
+    predictor = open_run(config.runs[0])
+    model = predictor.base.model
+    names = load_members(model, config.runs)
+    soup = average(model, names, ADAPTER + "-average", list(config.weights) or None)
+    heads = [store_of(model)[name].head for name in names]
+    first = heads[0]
+    if isinstance(first, Head) and all(isinstance(h, Head) and h.settings() == first.settings() for h in heads):
+        share = [w / sum(config.weights) for w in config.weights] or [1 / len(names)] * len(names)
+        states = [head.state_dict() for head in heads if head is not None]
+        mean = {n: sum((w * s[n] for w, s in zip(share, states, strict=True)), torch.zeros(())) for n in states[0]}
+        soup.head = Head.restore(first.settings(), mean)
+    soup.info = store_of(model)[names[0]].info | {"average": [str(run) for run in config.runs]}
+    return save(model, soup.name, config.out)

@@ -1,0 +1,87 @@
+"""Saved runs as members of a fusion, and what the fusion attends to."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from infuse.adapter import Adapter
+from infuse.bases import BaseModel
+from infuse.checkpoint import header, load
+from infuse.data import Rows
+from infuse.errors import InfuseError
+from infuse.model import route
+from infuse.routing import mixing_weights
+from infuse.texts import batches, pad, tokenize, trunk
+from infuse.training.plots import heat_map
+
+ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an interrupted run."""
+    folder = Path(path)
+    if (folder / CHECKPOINTS).exists():
+        raise InfuseError(f"The run in {folder} was interrupted; run the same infuse train command again to finish it.")
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
+def load_members(model: nn.Module, runs: Sequence[Path]) -> list[str]:
+    """Attach the adapters of run folders under the folders' names."""
+    names: list[str] = []
+    for run in runs:
+        folder = adapter_folder(run)
+        header(folder)
+        name = "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(run).resolve().name)
+        if name in names:
+            name = f"{name}-{len(names)}"
+        load(model, folder, name=name)
+        names.append(name)
+    return names
+
+
+@torch.inference_mode()
+def attention(
+    base: BaseModel, adapter: Adapter, rows: Rows, max_length: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Mean weights of a fusion's members: site → (members,), and (texts, members) averaged over sites."""
+    tokens = tokenize(base.tokenizer, rows.texts, max_length)
+    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+    per_site = {name: np.zeros(len(adapter.members)) for name in adapter.sites}
+    per_text = np.zeros((len(rows), len(adapter.members)))
+    for index in batches(tokens):
+        batch = pad([tokens[i] for i in index], pad_id, next(base.model.parameters()).device)
+        with mixing_weights() as seen, route(base.model, adapter.name):
+            trunk(base.model)(**batch)
+        mask = batch["attention_mask"].unsqueeze(-1)
+        for site, calls in seen.items():
+            mean = ((calls[-1] * mask).sum(1) / mask.sum(1)).float().cpu().numpy()
+            per_site[site] += mean.sum(0) / len(rows)
+            per_text[index] += mean / len(seen)
+    return per_site, per_text
+
+
+def write_attention(base: BaseModel, adapter: Adapter, rows: Rows, max_length: int, folder: Path) -> None:
+    """``fusion_layers`` and ``fusion_classes``, each as CSV and as a heat map (PNG)."""
+    per_site, per_text = attention(base, adapter, rows, max_length)
+    sets = rows.label_sets()
+    labels = rows.label_set
+    per_class = {c: per_text[[i for i, own in enumerate(sets) if c in own]].mean(0) for c in labels}
+    for name, table in (("fusion_layers", per_site), ("fusion_classes", per_class)):
+        written = [{"": row, **dict(zip(adapter.members, map(float, w), strict=True))} for row, w in table.items()]
+        write_csv(folder / f"{name}.csv", written)
+        heat_map(np.stack(list(table.values())), list(table), list(adapter.members), folder / f"{name}.png")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.write_text(out.getvalue())

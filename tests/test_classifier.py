@@ -1,0 +1,237 @@
+"""The faces towards other libraries: scikit-learn's conventions, a plain PyTorch loop, transformers' Trainer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+import infuse
+from infuse import IA3, Classifier, InfuseError, LoRA
+from infuse.data import read
+from infuse.model import store_of
+from infuse.testing import inputs, tiny
+from infuse.testing.conformance import output
+
+
+@pytest.fixture(scope="module")
+def task(toy):
+    """Texts and labels of the toy, shuffled."""
+    rows = read(toy)
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [rows.texts[i] for i in order], [rows.labels[i] for i in order]
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_base):
+    """An unfitted classifier that needs half a second."""
+    return Classifier(str(tiny_base), "ia3", epochs=3, batch_size=16, learning_rate=0.02, validation_fraction=0.2)
+
+
+@pytest.fixture(scope="module")
+def model(quick, task):
+    return clone(quick).fit(*task)
+
+
+# scikit-learn
+
+
+def test_it_learns_and_answers(model, task):
+    texts, labels = task
+    assert list(model.classes_) == sorted(set(labels))
+    given = model.predict_proba(texts)
+    assert given.shape == (120, 6) and np.allclose(given.sum(1), 1) and (given >= 0).all()
+    assert (model.predict(texts) == model.classes_[given.argmax(1)]).all()
+    assert model.score(texts, labels) == np.mean(model.predict(texts) == labels) > 0.8
+    assert model.predict(texts[:1]).shape == (1,)
+    assert any("eval_macro_f1" in entry for entry in model.history_)
+
+
+def test_answers_do_not_depend_on_the_company(model, task):
+    texts = [*task[0][:5], "word " * 200]
+    together = model.predict_proba(texts)
+    alone = np.concatenate([model.predict_proba([text]) for text in texts])
+    assert np.allclose(together, alone, atol=1e-5)
+
+
+def test_parameters_follow_the_conventions(quick):
+    settings = quick.get_params()
+    assert settings["epochs"] == 3 and settings["method"] == "ia3"
+    assert Classifier(**settings).get_params() == clone(quick).get_params() == settings
+    assert clone(quick).set_params(method=LoRA(rank=2), epochs=1).get_params()["method"] == LoRA(rank=2)
+    with pytest.raises(ValueError, match="Invalid parameter 'epoch'"):
+        clone(quick).set_params(epoch=1)
+    assert "method='ia3'" in repr(quick).replace('"', "'") or "epochs=3" in repr(quick)
+
+
+def test_fit_leaves_the_settings_alone(quick, task):
+    settings = quick.get_params()
+    copy = clone(quick)
+    assert copy.fit(*task) is copy and copy.get_params() == settings
+    first = copy.predict_proba(task[0])
+    assert np.array_equal(copy.fit(*task).predict_proba(task[0]), first)
+
+
+def test_cross_validation(quick, task):
+    found = cross_val_score(quick, *map(np.array, task), cv=2)
+    assert found.shape == (2,) and (found > 0.5).all()
+
+
+def test_searches_go_over_methods(quick, task):
+    search = GridSearchCV(quick, {"method": ["ia3", "lora:rank=2", "head"]}, cv=2, error_score="raise")
+    search.fit(*task)
+    assert search.best_params_["method"] in ("ia3", "lora:rank=2", "head")
+    assert (search.cv_results_["mean_test_score"] > 0.5).all()
+    assert set(search.predict(task[0])) <= set(task[1])
+
+
+def test_it_works_in_a_pipeline(quick, task):
+    pipeline = make_pipeline(FunctionTransformer(lambda texts: [text.lower() for text in texts]), clone(quick))
+    assert pipeline.fit(*task).score(*task) > 0.8
+
+
+@pytest.mark.parametrize(
+    "kind", [int, np.int64, float, lambda number: number > 5], ids=["int", "int64", "float", "bool"]
+)
+def test_labels_come_back_as_given(quick, task, kind):
+    """Numbers stay numbers, in numerical order, in which 2 comes before 10."""
+    names = sorted(set(task[1]))
+    labels = [kind(2 * names.index(label) + 2) for label in task[1]]
+    model = clone(quick).fit(task[0], labels)
+    assert model.classes_.tolist() == sorted(set(labels)) and model.classes_.dtype == np.array(labels).dtype
+    assert model.predict(task[0]).dtype == np.array(labels).dtype
+    assert model.score(task[0], labels) > 0.8
+    assert log_loss(labels, model.predict_proba(task[0])) < 1
+
+
+def test_several_labels_per_text(quick, task):
+    texts = [f"{one} {two}" for one, two in zip(task[0], task[0][1:], strict=False)]
+    labels = [sorted({one, two}) for one, two in zip(task[1], task[1][1:], strict=False)]
+    model = clone(quick).set_params(epochs=8, class_weights=True).fit(texts, labels)
+    predicted = model.predict(texts)
+    assert all(isinstance(row, list) and set(row) <= set(model.classes_) for row in predicted)
+    right = [set(row) == set(label) for row, label in zip(predicted, labels, strict=True)]
+    assert model.score(texts, labels) == np.mean(right) > 0.3
+    overlap = [
+        len(set(row) & set(label)) / len(set(row) | set(label)) for row, label in zip(predicted, labels, strict=True)
+    ]
+    assert np.mean(overlap) > 0.6
+
+
+def test_saved_classifiers_answer_the_same(model, task, tmp_path):
+    loaded = Classifier.load(model.save(tmp_path / "saved"))
+    assert np.array_equal(loaded.predict_proba(task[0]), model.predict_proba(task[0]))
+    assert list(loaded.classes_) == list(model.classes_)
+    assert (loaded.get_params()["base"], loaded.method, loaded.head) == (model.base, "ia3", "cosine")
+    again = Classifier.load(loaded.save(tmp_path / "again"), base=model.base)
+    assert np.array_equal(again.predict_proba(task[0]), model.predict_proba(task[0]))
+
+
+def test_what_is_not_fitted_says_so(quick, task, tmp_path):
+    for act in (quick.predict, quick.predict_proba):
+        with pytest.raises(NotFittedError):
+            act(task[0])
+    with pytest.raises(NotFittedError):
+        quick.score(*task)
+    with pytest.raises(NotFittedError):
+        quick.save(tmp_path / "x")
+    with pytest.raises(InfuseError, match="Full fine-tuning"):
+        clone(quick).set_params(method="full", learning_rate=1e-4, epochs=1).fit(*task).save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "texts, labels, message",
+    [
+        ("one text", ["a"], "list of texts, not one string"),
+        (["a b", "c"], ["x"], "2 texts but 1 labels"),
+        (["a b", "c"], ["x", None], "None or NaN"),
+        (["a b", "c"], [1.0, float("nan")], "None or NaN"),
+        (["a b", "c"], None, "list of labels"),
+        (["a b", ""], ["x", "y"], "Text 1 is empty"),
+        (["a b", "  "], ["x", "y"], "Text 1 is empty"),
+        (["a b", None], ["x", "y"], "Text 1 is empty or no string"),
+        (["a b", 3], ["x", "y"], "Text 1 is empty or no string"),
+        (["a b", "c"], ["x", "x"], "two labels"),
+        (["a b", "c"], [["x"], "yes"], "lists and others"),
+        (["a b", "c"], [["x", None], ["y"]], "None or NaN"),
+        (["a b", "c"], [[], []], "label"),
+        ([], [], "two labels|text"),
+        (["a b", "c"], "ab", "list of labels"),
+        (["a b", "c"], np.eye(2, dtype=int), "list of labels"),
+    ],
+)
+def test_mistakes_are_one_sentence(quick, texts, labels, message):
+    with pytest.raises(InfuseError, match=message) as caught:
+        clone(quick).fit(texts, labels)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"method": "magic"}, {"epochs": 0}, {"head": "big"}, {"pooling": "max"},
+                                     {"layers": "7"}, {"validation_fraction": 2}, {"base": "no-such/model"},
+                                     {"epochs": 1.5}, {"learning_rate": "fast"}], ids=str)  # fmt: skip
+def test_impossible_settings_are_one_sentence(quick, task, changes):
+    with pytest.raises(InfuseError) as caught:
+        clone(quick).set_params(**changes).fit(*task)
+    assert "\n" not in str(caught.value)
+
+
+def test_predicting_needs_texts(model):
+    for texts in ("one text", [""], [None]):
+        with pytest.raises(InfuseError):
+            model.predict(texts)
+    assert model.predict([]).shape == (0,)
+
+
+# PyTorch and transformers
+
+
+def labelled(model, rows=6):
+    return inputs(model, rows=rows) | {"labels": torch.arange(rows) % 3}
+
+
+def assert_only_the_adapter_learnt(model):
+    fresh = tiny("bert", AutoModelForSequenceClassification, num_labels=3).state_dict()
+    assert all(torch.equal(value, fresh[key]) for key, value in model.state_dict().items() if key in fresh)
+    adapter = store_of(model)["task"]
+    assert not torch.equal(adapter.copies["classifier"].weight, model.classifier.weight)
+    assert any((delta.l != 1).any() for delta in adapter.deltas.values())
+
+
+def test_a_plain_loop_trains_the_adapter_and_its_copy_of_the_head():
+    model = tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+    infuse.attach(model, IA3(), "task")
+    batch, losses = labelled(model), []
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(30):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert_only_the_adapter_learnt(model)
+    assert torch.equal(
+        output(model, inputs(model), None),
+        output(tiny("bert", AutoModelForSequenceClassification, num_labels=3), inputs(model)),
+    )
+
+
+def test_transformers_trainer_trains_the_adapter(tmp_path):
+    model = tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+    infuse.attach(model, IA3(), "task")
+    rows = [dict(zip(labelled(model), row, strict=True)) for row in zip(*labelled(model).values(), strict=True)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=10, learning_rate=0.05, report_to=[], disable_tqdm=True, use_cpu=True,
+        per_device_train_batch_size=6, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert_only_the_adapter_learnt(model)
