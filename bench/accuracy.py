@@ -1,8 +1,8 @@
 """Accuracy of the methods at their defaults on a labelled data set, beside logistic regression on the frozen base.
 
-    python bench/accuracy.py --data train.csv --validation validation.csv [--methods ia3 lora] [--json OUT]
+    python bench/accuracy.py --data train.csv --validation validation.csv
 
-Everything is as `infuse train` does it; the best epoch is chosen on the rows that are reported (as validation rows are).
+Everything is as `infuse train` does it; the best epoch is chosen on the rows that are reported, as validation rows are.
 """
 
 import argparse

@@ -1,0 +1,176 @@
+"""AdapterHub's files beyond the golden cases: writing, legacy names, heads, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+import infuse
+from infuse import IA3, Bottleneck, Compacter, LoRA
+from infuse.testing import inputs, tiny, wake
+from infuse.testing.conformance import close, output
+
+KINDS = [
+    "bert",
+    "roberta",
+    "electra",
+    "deberta-v2",
+    "distilbert",
+    "albert",
+    "t5",
+    "mt5",
+    "bart",
+    "gpt2",
+    "llama",
+    "qwen3",
+]
+METHODS = [
+    Bottleneck.houlsby(), Bottleneck.pfeiffer(reduction=4.0), Bottleneck.parallel(), Compacter(width=8),
+    infuse.make("compacter++:width=8"), infuse.make("phm:width=8"), LoRA(rank=3, roles=("query", "value")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: infuse.method.spelled(m)[:30])
+def test_written_files_are_read_back(method, kind, tmp_path):
+    model = tiny(kind)
+    batch = inputs(model)
+    infuse.attach(model, method, "task")
+    wake(model, "task")
+    if kind == "albert" and "attention_output" in method.roles:
+        with pytest.raises(infuse.InfuseError, match="exchanges"):
+            infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+        return
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    assert {p.name for p in (tmp_path / "hub").iterdir()} == {"adapter.safetensors", "adapter_config.json"}
+    fresh = tiny(kind)
+    infuse.load(fresh, tmp_path / "hub", name="again")
+    close(output(fresh, batch), output(model, batch))
+
+
+def test_fusions_are_written_and_read_back(tmp_path):
+    model = tiny("bert")
+    batch = inputs(model)
+    for seed, name in enumerate("ab"):
+        infuse.attach(model, Bottleneck.pfeiffer(), name)
+        wake(model, name, seed)
+    infuse.fuse(model, ["a", "b"])
+    wake(model, "a,b")
+    infuse.save(model, "a,b", tmp_path / "fused", format="adapterhub")
+    fresh = tiny("bert")
+    infuse.load(fresh, tmp_path / "fused")
+    close(output(fresh, batch), output(model, batch))
+
+
+def written(tmp_path, method, change=lambda config: None, rename=lambda key: key):
+    model = tiny("bert", AutoModelForSequenceClassification)
+    infuse.attach(model, method, "task", trained=())
+    wake(model, "task")
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    path = tmp_path / "hub" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "hub" / "adapter.safetensors")
+    save_file({rename(k): v for k, v in tensors.items()}, tmp_path / "hub" / "adapter.safetensors")
+    return model, tmp_path / "hub"
+
+
+def test_legacy_key_names_and_preset_configs(tmp_path):
+    def old(config):
+        config["config"] = "houlsby"
+
+    def rename(key):
+        kind = "attention_text_task_adapters" if "attention" in key else "layer_text_task_adapters"
+        return key.replace(".adapters.", f".{kind}.")
+
+    model, folder = written(tmp_path, Bottleneck.houlsby(), old, rename)
+    bare = tiny("bert", AutoModelForSequenceClassification).bert
+    infuse.load(bare, folder)
+    batch = inputs(bare)
+    with infuse.route(model, "task"):
+        close(output(bare, batch), model.bert(**batch).last_hidden_state)
+
+
+def test_plain_tensors_in_bin_files_are_read(tmp_path):
+    model, folder = written(tmp_path, Bottleneck.houlsby())
+    torch.save(load_file(folder / "adapter.safetensors"), folder / "pytorch_adapter.bin")
+    (folder / "adapter.safetensors").unlink()
+    fresh = tiny("bert", AutoModelForSequenceClassification)
+    infuse.load(fresh, folder)
+    batch = inputs(fresh)
+    with infuse.route(model, "task"):
+        close(fresh(**batch).logits, model(**batch).logits)
+
+
+def test_heads_of_transformers_classes_come_along(tmp_path):
+    _, folder = written(tmp_path, Bottleneck.houlsby())
+    head = {"classifier.weight": torch.ones(2, 32), "classifier.bias": torch.zeros(2)}
+    save_file(head, folder / "model_head.safetensors")
+    fresh = tiny("bert", AutoModelForSequenceClassification)
+    adapter = infuse.load(fresh, folder)
+    assert torch.equal(adapter.copy_of("classifier").weight, torch.ones(2, 32))
+    assert not torch.equal(fresh.classifier.weight, torch.ones(2, 32))
+
+
+def test_versions_that_ignored_alpha(tmp_path):
+    def old(config):
+        config["version"] = "adapters.1.0.1"
+
+    model, folder = written(tmp_path, LoRA(rank=4, alpha=16.0), old)
+    adapter = infuse.load(tiny("bert"), folder)
+    assert adapter.method.scale == 1.0
+    assert model.infuse["task"].method.scale == 4.0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("ln_before", True, "ln_before"),
+        ("use_gating", True, "use_gating"),
+        ("original_ln_after", False, "original_ln_after"),
+        ("scaling", "channel", "channel"),
+        ("architecture", "prefix_tuning", "prefix_tuning"),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused_by_name(option, value, message, tmp_path):
+    def change(config):
+        config["config"][option] = value
+
+    _, folder = written(tmp_path, Bottleneck.houlsby(), change)
+    model = tiny("bert")
+    with pytest.raises(infuse.InfuseError, match=message):
+        infuse.load(model, folder)
+    assert not hasattr(model, "infuse")
+
+
+def test_invertible_adapters_and_lost_rules_are_refused(tmp_path):
+    _, folder = written(tmp_path, Compacter(width=8))
+    tensors = load_file(folder / "adapter.safetensors")
+    save_file({k: v for k, v in tensors.items() if "shared" not in k}, folder / "adapter.safetensors")
+    with pytest.raises(infuse.InfuseError, match="shared rule"):
+        infuse.load(tiny("bert"), folder)
+    save_file(tensors | {"bert.invertible_adapters.task.F.0.weight": torch.ones(2)}, folder / "adapter.safetensors")
+    with pytest.raises(infuse.InfuseError, match="invertible"):
+        infuse.load(tiny("bert"), folder)
+
+
+def test_ia3_before_the_activation_is_refused_and_the_rest_converted(tmp_path):
+    def ia3(config):
+        config["config"] |= {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": 1,
+                             "attn_matrices": ["k", "v"]}  # fmt: skip
+
+    _, folder = written(tmp_path, LoRA(rank=1, alpha=1.0, roles=("key", "value")), ia3)
+    tensors = load_file(folder / "adapter.safetensors")
+    scales = {k: v + 1 for k, v in tensors.items() if k.endswith("lora_B")}
+    save_file(scales, folder / "adapter.safetensors")
+    model = tiny("bert")
+    adapter = infuse.load(model, folder)
+    assert isinstance(adapter.method, IA3)
+    assert {s.role for s in adapter.sites.values()} == {"key", "value"}
+    extra = {"bert.encoder.layer.0.intermediate.dense.loras.task.lora_B": torch.ones(48, 1)}
+    save_file(scales | extra, folder / "adapter.safetensors")
+    with pytest.raises(infuse.InfuseError, match="before its non-linearity"):
+        infuse.load(tiny("bert"), folder)

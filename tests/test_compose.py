@@ -1,0 +1,161 @@
+"""Fusion, averages, sums and stacks of adapters."""
+
+import pytest
+import torch
+
+import infuse
+from infuse import IA3, Bottleneck, Compacter, LoRA
+from infuse.routing import mixing_weights
+from infuse.testing import TINY, inputs, tiny, wake
+from infuse.testing.conformance import close, output
+
+MEMBERS = ["houlsby", "pfeiffer", "parallel", "compacter:width=8", "lora"]
+
+
+def trained(kind, spec, names="abc", rows=3):
+    model = tiny(kind)
+    for seed, name in enumerate(names):
+        infuse.attach(model, spec, name)
+        wake(model, name, seed)
+    return model, inputs(model, rows=rows)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("spec", MEMBERS)
+def test_fusion_in_mixed_batch_saved_and_loaded(spec, kind, tmp_path):
+    model, batch = trained(kind, spec, rows=4)
+    infuse.fuse(model, ["a", "b", "c"], name="fused")
+    infuse.fuse(model, ["c", "a", "b"], name="other")
+    for seed, name in enumerate(("fused", "other")):
+        wake(model, name, seed)
+    rows = ["fused", "a", "other", None]
+    mixed = output(model, batch, rows)
+    for row, name in enumerate(rows):
+        close(mixed[row], output(model, batch, name)[row])
+    infuse.save(model, "fused", tmp_path / "fused")
+    fresh = tiny(kind)
+    infuse.load(fresh, tmp_path / "fused")
+    assert torch.equal(output(fresh, batch), output(model, batch, "fused"))
+    assert set(fresh.infuse.adapters) == {"a", "b", "c", "fused"}
+
+
+def test_only_the_fusion_learns():
+    model, batch = trained("bert", "pfeiffer")
+    infuse.fuse(model, ["a", "b"])
+    (output(model, batch).square().mean() + infuse.model.penalty(model, "a,b")).backward()
+    learning = {n.split(".")[2] for n, p in model.named_parameters() if p.grad is not None}
+    assert learning == {"a,b"}
+
+
+def test_penalty_is_zero_only_for_the_identity():
+    model, _ = trained("bert", "pfeiffer")
+    fused = infuse.fuse(model, ["a", "b"], "fusion:regulariser=0.5")
+    value = next(iter(fused.deltas.values())).V
+    eye = torch.eye(len(value))
+    expected = 0.5 * sum((d.V - eye).square().sum() for d in fused.deltas.values())
+    torch.testing.assert_close(infuse.model.penalty(model, "a,b"), expected)
+    assert infuse.model.penalty(model, "a") == 0
+
+
+def test_weights_can_be_read_and_sum_to_one():
+    model, batch = trained("bert", "houlsby")
+    fused = infuse.fuse(model, ["a", "b", "c"])
+    with mixing_weights() as seen:
+        output(model, batch)
+    assert set(seen) == set(fused.sites)
+    for (weights,) in seen.values():
+        assert weights.shape == (3, 7, 3)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 7))
+
+
+def test_what_cannot_be_fused_says_so():
+    model, _ = trained("bert", "ia3")
+    with pytest.raises(infuse.InfuseError, match="can't be fused"):
+        infuse.fuse(model, ["a", "b"])
+    with pytest.raises(infuse.InfuseError, match="two or more"):
+        infuse.fuse(model, ["a"])
+    model, _ = trained("bert", "pfeiffer")
+    infuse.attach(model, Bottleneck(roles=("attention_output",)), "elsewhere")
+    with pytest.raises(infuse.InfuseError, match="no site in common"):
+        infuse.fuse(model, ["a", "elsewhere"])
+    infuse.fuse(model, ["a", "b"])
+    with pytest.raises(infuse.InfuseError, match="detach it first"):
+        infuse.detach(model, "a")
+    infuse.detach(model)
+    assert not hasattr(model, "infuse")
+
+
+@pytest.mark.parametrize("spec", ["ia3", "houlsby", "lora", "compacter:width=8"])
+def test_average(spec):
+    model, _ = trained("bert", spec)
+    soup = infuse.average(model, ["a", "b"], "soup", weights=[3, 1])
+    a, b = model.infuse["a"].state_dict(), model.infuse["b"].state_dict()
+    for name, value in soup.state_dict().items():
+        torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name])
+    alone = infuse.average(model, ["a"], "alone")
+    assert all(torch.equal(v, a[n]) for n, v in alone.state_dict().items())
+
+
+def test_sums_of_lora_add_the_updates_exactly():
+    model, _ = trained("bert", LoRA(rank=3, roles=("query", "value")))
+    total = infuse.add(model, {"a": 1.0, "b": -0.5}, "total")
+    for site in total.sites.values():
+
+        def update(name, site=site):
+            p, method = model.infuse[name].params(site), model.infuse[name].method_at(site)
+            return method.scale * p["B"] @ p["A"]
+
+        torch.testing.assert_close(update("total"), update("a") - 0.5 * update("b"))
+
+
+def test_a_task_plus_its_negation_is_the_base():
+    model, batch = trained("bert", IA3())
+    infuse.add(model, {"a": 1.0, "b": 0.0}, "same")
+    close(output(model, batch, "same"), output(model, batch, "a"))
+    twin, batch = trained("bert", LoRA())
+    infuse.average(twin, ["a"], "copy")
+    infuse.add(twin, {"a": 1.0, "copy": -1.0}, "nothing")
+    close(output(twin, batch, "nothing"), output(twin, batch, None))
+
+
+def test_stacked_scales_multiply_and_mix():
+    model, batch = trained("bert", IA3())
+    infuse.stack(model, ["a", "b"], "both")
+    product = infuse.attach(model, IA3(), "product")
+    with torch.no_grad():
+        for site in product.sites.values():
+            product.delta(site).l.copy_(model.infuse["a"].params(site)["l"] * model.infuse["b"].params(site)["l"])
+    close(output(model, batch, "both"), output(model, batch, "product"))
+    mixed = output(model, batch, ["both", None, "a"])
+    for row, name in enumerate(["both", None, "a"]):
+        close(mixed[row], output(model, batch, name)[row])
+
+
+def test_different_methods_do_not_combine():
+    model, _ = trained("bert", Compacter(width=8), "a")
+    infuse.attach(model, "lora", "b")
+    with pytest.raises(infuse.InfuseError, match="one method"):
+        infuse.average(model, ["a", "b"])
+    with pytest.raises(infuse.InfuseError, match="magnitudes"):
+        infuse.attach(model, LoRA(dora=True), "d")
+        infuse.add(model, {"d": 1.0})
+
+
+def test_norms_can_be_trained_as_copies():
+    model = tiny("bert")
+    batch = inputs(model)
+    before = output(model, batch)
+    adapter = infuse.attach(model, Bottleneck.houlsby(train_norms=True), "a")
+    assert {n.rsplit("/", 1)[-1] for n in adapter.copies} == {"LayerNorm"}
+    assert len(adapter.copies) == 4
+    wake(model, "a")
+    assert not torch.allclose(output(model, batch), before)
+    infuse.activate(model, None)
+    assert torch.equal(output(model, batch), before)
+
+
+def test_widths_that_do_not_divide_name_one_that_does():
+    with pytest.raises(infuse.InfuseError, match="width=4"):
+        infuse.attach(tiny("bert"), Compacter(width=5), "a")
+    with pytest.raises(infuse.InfuseError, match="n=8"):
+        infuse.attach(tiny("bert"), Compacter(n=3, width=8), "a")

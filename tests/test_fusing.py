@@ -1,0 +1,82 @@
+"""``infuse fuse`` and ``infuse average`` end to end on the tiny base."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, write_rows
+from safetensors.torch import load_file
+
+from infuse.cli import main
+from infuse.training.run import open_run
+
+QUICK = ["--epochs", "2", "--batch-size", "16", "--validation-fraction", "0.25", "--no-baseline"]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_base, tmp_path_factory):
+    """Two Pfeiffer runs on different labels, and a fusion of them for a third task."""
+    folder = tmp_path_factory.mktemp("fuse")
+    left = write_rows(folder / "left.csv", LABELS[:3])
+    right = write_rows(folder / "right.csv", LABELS[3:])
+    target = write_rows(folder / "target.csv", LABELS, 8)
+    main(["train", "--data", str(left), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",
+          "--out", str(folder / "left"), *QUICK])  # fmt: skip
+    main(["fuse", str(folder / "left"), "--member-data", str(right), "--member-method", "pfeiffer:reduction=4",
+          "--data", str(target), "--base", str(tiny_base), "--out", str(folder / "fused"), *QUICK])  # fmt: skip
+    return folder
+
+
+def test_a_fusion_run_holds_its_members_and_heat_maps(runs):
+    fused = runs / "fused"
+    assert {p.name for p in (fused / "adapter" / "members").iterdir()} == {"left", "fused-right"}
+    for name in ("fusion_layers", "fusion_classes"):
+        assert (fused / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        with open(fused / f"{name}.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        weights = np.array([[float(row["left"]), float(row["fused-right"])] for row in rows])
+        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-2)
+    assert len(rows) == len(LABELS)
+    assert open_run(fused).labels == tuple(sorted(LABELS))
+
+
+def test_members_keep_their_answers(runs):
+    texts = ["my card is gone", "how do I get a statement"]
+    before = open_run(runs / "left").probabilities(texts)
+    member = open_run(runs / "fused" / "adapter" / "members" / "left", str(open_run(runs / "left").base.name))
+    np.testing.assert_array_equal(member.probabilities(texts), before)
+    own = load_file(runs / "left" / "adapter" / "adapter_model.safetensors")
+    kept = load_file(runs / "fused" / "adapter" / "members" / "left" / "adapter_model.safetensors")
+    assert all(torch.equal(own[name], kept[name]) for name in own)
+
+
+def test_average_of_runs_predicts(runs, tiny_base, capsys):
+    left = runs / "left"
+    main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",
+          "--seed", "1", "--out", str(runs / "again"), *QUICK])  # fmt: skip
+    main(["average", str(left), str(runs / "again"), "--out", str(runs / "soup")])
+    a, b, soup = (load_file(p / "adapter_model.safetensors") for p in
+                  (left / "adapter", runs / "again" / "adapter", runs / "soup"))  # fmt: skip
+    for name, value in soup.items():
+        torch.testing.assert_close(value, (a[name] + b[name]) / 2)
+    assert open_run(runs / "soup").labels == tuple(sorted(LABELS[:3]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fuse", "LEFT", "--data", "TARGET"], "two or more members"),
+        (["fuse", "LEFT", "nowhere", "--data", "TARGET"], "nowhere"),
+        (["train", "--method", "fusion", "--data", "TARGET"], "infuse fuse"),
+        (["average", "LEFT"], "two or more"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, runs, tiny_base, tmp_path, capsys):
+    places = {"LEFT": runs / "left", "TARGET": runs / "target.csv"}
+    base = [] if words[0] == "average" else ["--base", str(tiny_base)]
+    with pytest.raises(SystemExit) as exit_code:
+        main([*(str(places.get(w, w)) for w in words), *base, "--out", str(tmp_path / "out")])
+    assert exit_code.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
