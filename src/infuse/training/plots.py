@@ -33,7 +33,7 @@ def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: 
         title += f": the {len(chosen)} of {len(labels)} labels with the most confusions"
     axes.set_title(title, fontsize=10, wrap=True)
     figure.colorbar(image, ax=axes, shrink=0.6)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, path: Path) -> None:
@@ -53,7 +53,7 @@ def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, pat
         right.axhline(baseline, linestyle="--", color="grey", label="logistic regression")
     right.set(xlabel="epoch", ylabel="macro-F1")
     right.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
@@ -69,4 +69,4 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
         )
     axes.set_title("mean attention of the fusion", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
