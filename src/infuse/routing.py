@@ -175,7 +175,7 @@ def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
 
 
 def route_of(names: str | Sequence[str | None] | None, known: Sequence[str]) -> Route:
-    """A route from one name or from a name per row; a uniform one becomes that single name."""
+    """A route from one name or from a name per row; an error for a name that is not attached."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
     for name in rows:
         if name is not None and name not in known:
