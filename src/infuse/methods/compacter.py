@@ -89,7 +89,7 @@ class Compacter(Method):
         return params
 
     def prepare(self, p: Params) -> Params:
-        # Building H costs in·out·n products once per call: less than three small products for every token.
+        # H is built once per adapter and call; neither that nor the factored product is always cheaper (decisions.md).
         return {"D": self._matrix(p, "down"), "U": self._matrix(p, "up"), "b": p["b"], "c": p["c"]}
 
     def wants(self, function: str) -> frozenset[str]:
