@@ -5,8 +5,8 @@ import pytest
 import infuse
 from infuse.testing import CHECKS, TINY
 
-# The tiny models are 32 wide: a bottleneck needs a width that Compacter's n = 4 divides.
-SMALL = {"compacter": "compacter:width=8", "compacter++": "compacter++:width=8", "phm": "phm:width=8"}
+# The tiny models are 32 wide: Compacter's n = 4 must divide the width, and two ReLU units can die together.
+SMALL = {name: f"{name}:width=8" for name in ("compacter", "compacter++", "phm", "pfeiffer")}
 VARIANTS = [name for cls in infuse.registry().values() for name in (cls.name, *cls.presets)]
 
 

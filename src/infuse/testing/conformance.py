@@ -171,14 +171,16 @@ def overfits(method: Method, make: Make) -> None:
     adapter = infuse.attach(model, method, "a")
     wake(model, "a", size=0.01)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=0.02)
-    first = last = 0.0
-    for step in range(220):
+    losses: list[float] = []
+    for _ in range(300):
         loss = (output(model, batch) - target).square().mean()
+        losses.append(loss.item())
+        if losses[-1] < 0.1 * losses[0]:
+            return
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        first, last = (loss.item() if step == 0 else first), loss.item()
-    assert last < 0.1 * first, f"the loss fell only from {first:.2e} to {last:.2e}"
+    raise AssertionError(f"the loss fell only from {losses[0]:.2e} to {losses[-1]:.2e}")
 
 
 def survives_deepcopy(method: Method, make: Make) -> None:
@@ -245,4 +247,5 @@ def no_dropout(model: nn.Module) -> None:
 
 
 def _model(make: Make) -> Any:
+    torch.manual_seed(0)  # of what the check draws next: the adapter's start
     return tiny(make) if isinstance(make, str) else make()
