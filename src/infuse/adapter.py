@@ -39,6 +39,7 @@ class Adapter(nn.Module):
             stand in for the originals, which stay as they are.
         head: pooling and classifier of this adapter, if it has one (see :mod:`infuse.heads`).
         members: names of the adapters that a mixer mixes.
+        kinds: site name → number of those that run as one there (see :func:`infuse.routing.kinds`).
         info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
     """
 
@@ -60,6 +61,7 @@ class Adapter(nn.Module):
         self.head: nn.Module | None = None
         self.info: dict = {}
         self.members: tuple[str, ...] = ()
+        self.kinds: dict[str, int] = {}
 
     def delta(self, site: Site) -> Delta | None:
         name = key(site.name)

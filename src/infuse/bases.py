@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from infuse.arch import ARCHS
+from infuse.attention import choose
 from infuse.errors import InfuseError
 from infuse.heads import POOLINGS
 from infuse.precision import dtype_of
@@ -80,16 +81,14 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
     try:
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        # Token rows are short on this path, where eager attention is the fastest on CPUs (docs/decisions.md).
         extra: dict[str, Any] = {"dtype": dtype}
-        if not torch.cuda.is_available():
-            extra["attn_implementation"] = "eager"
         if labels is not None:
             auto: Any = AutoModelForSequenceClassification
             extra["num_labels"] = labels
         else:
             auto = AutoModelForTextEncoding if config.model_type in ("t5", "mt5") else AutoModel
         model = auto.from_pretrained(source, **extra)
+        choose(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InfuseError(_why(name, error)) from None
     finally:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from infuse.adapter import Adapter, build, classification_head, copies, key
 from infuse.arch import Arch
+from infuse.banks import Banks
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, make
-from infuse.routing import Mixed, Recipe, Route, current, forget_residuals, levels, route_of, use
+from infuse.routing import Mixed, Recipe, Route, current, forget_residuals, kinds, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
 from infuse.taps import PerAdapter, Tap, carry_routes
 
@@ -36,6 +37,7 @@ class Infused(nn.Module):
         self.originals: list[tuple[nn.Parameter, Tensor]] = []
         self.copied: set[str] = set()
         self.taps: dict[str, Tap] = {}
+        self.banks = Banks()
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         self.ends = [model.register_forward_pre_hook(self.enter), model.register_forward_hook(self.leave)]
@@ -192,6 +194,7 @@ def attach_at(
     adapter.copies.update(own)
     adapter.train(model.training)
     store.adapters[name] = adapter
+    adapter.kinds = kinds(store.adapters, adapter)  # type: ignore[arg-type]  # of adapters
     store.tap_for(model, adapter)
     store.active = name
     return adapter
@@ -269,6 +272,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if store.merged in names:
         unmerge(model)
     for each in names:
+        store.banks.forget(store[each])
         del store.adapters[each]
         if store.active == each:
             store.active = None

@@ -1,12 +1,13 @@
 """Small functions that several methods share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from infuse import lean
 from infuse.errors import InfuseError, listed
 
 STARTS = {
@@ -18,9 +19,10 @@ STARTS = {
 """How a bottleneck's two matrices start: as BERT's weights, as Houlsby et al. do, or exactly at the identity."""
 
 
-def activation(name: str, x: Tensor) -> Tensor:
+@cache
+def activation(name: str) -> Callable[[Tensor], Tensor]:
     """A non-linearity by its name in transformers (``swish`` is SiLU, ``gelu`` the exact one)."""
-    return ACT2FN[name](x)
+    return ACT2FN[name]
 
 
 def check_activation(name: str) -> None:
@@ -42,7 +44,7 @@ def started(out_features: int, in_features: int, deviation: float | None, cut: b
 
 def bottleneck(x: Tensor, down: Tensor, b: Tensor, up: Tensor, c: Tensor, name: str) -> Tensor:
     """``U·f(D·x + b) + c``; D (r, width), U (width, r)."""
-    return F.linear(activation(name, F.linear(x, down, b)), up, c)
+    return lean.bottleneck(x, down, b, up, c, activation(name))
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor, slice]], out_features: int) -> tuple[Tensor, Tensor]:

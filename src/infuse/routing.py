@@ -18,6 +18,7 @@ from torch.func import vmap
 from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
+from infuse.banks import Banks
 from infuse.errors import InfuseError
 from infuse.method import Method, Mixer, Params
 from infuse.sites import Site
@@ -75,7 +76,7 @@ def parameters(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) ->
 class Group:
     """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters."""
 
-    recipe: Recipe
+    kind: int
     adapters: tuple[Adapter, ...]
     rows: Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
@@ -87,17 +88,18 @@ class Mixed:
 
     names: tuple[str | None, ...]
     levels: list["Route"] = field(default_factory=list)
-    plans: dict[tuple[str, torch.device], list[Group]] = field(default_factory=dict)
+    plans: dict[Any, list[Group]] = field(default_factory=dict)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
-        if (site.name, device) not in self.plans:
-            alike: dict[Any, list[tuple[int, Adapter]]] = {}
-            for row, name in enumerate(self.names):
-                if name is not None and adapters[name].delta(site) is not None:
-                    alike.setdefault(_kind(adapters, adapters[name], site), []).append((row, adapters[name]))
-            self.plans[site.name, device] = [_group(kind[0], rows, device) for kind, rows in alike.items()]
-        return self.plans[site.name, device]
+        kinds = tuple(None if name is None else adapters[name].kinds.get(site.name) for name in self.names)
+        if (kinds, device) not in self.plans:  # most sites share one plan
+            alike: dict[int, list[tuple[int, Adapter]]] = {}
+            for row, (name, kind) in enumerate(zip(self.names, kinds, strict=True)):
+                if name is not None and kind is not None:
+                    alike.setdefault(kind, []).append((row, adapters[name]))
+            self.plans[kinds, device] = [_group(kind, rows, device) for kind, rows in alike.items()]
+        return self.plans[kinds, device]
 
 
 Route = str | Mixed | None
@@ -192,6 +194,7 @@ class Call:
         h: the activation, (rows, ..., width).
         x: the input of the site's module, (rows, ..., in_features).
         residual: what the model adds to a sublayer's output; kept from the call of the site's ``source``.
+        banks: where mixed batches without gradients find their parameters.
     """
 
     site: Site
@@ -199,6 +202,7 @@ class Call:
     x: Tensor
     training: bool
     residual: Tensor | None = None
+    banks: Banks | None = None
     kept: Tensor | None = None
 
     def rowwise(self, names: Iterable[str], rows: Tensor | None = None) -> dict[str, Tensor]:
@@ -274,12 +278,22 @@ def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: Te
 
 
 def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
-    recipe, fixed = group.recipe, call.fixed()
-    each = [parameters(adapters, adapter, call.site) for adapter in group.adapters]
-    stacked = tree_map(lambda *values: torch.stack(values), *each)
-    if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
-        stacked = vmap(partial(recipe.prepare, fixed=fixed))(stacked)
-    p = tree_map(lambda value: value[group.which], _cast(stacked, call.h.dtype))
+    recipe, fixed = Recipe.of(adapters, group.adapters[0], call.site), call.fixed()
+
+    def source(adapter: Adapter) -> Parameters:
+        return parameters(adapters, adapter, call.site)
+
+    def stacked(each: Sequence[Parameters]) -> Any:
+        both = tree_map(lambda *values: torch.stack(values), *each)
+        if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
+            both = vmap(partial(recipe.prepare, fixed=fixed))(both)
+        return _cast(both, call.h.dtype)
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
+        p = tree_map(lambda value: value[group.which], stacked([source(a) for a in group.adapters]))
+    else:
+        key = (call.site.name, group.kind, call.h.dtype, call.h.device)
+        p = call.banks.gather(key, group.adapters, group.which, source, stacked)
     new = vmap(partial(recipe.new, fixed=fixed), randomness="different")(p, call.rowwise(recipe.needs, group.rows))
     return new.to(call.h.dtype)
 
@@ -293,20 +307,27 @@ def _cast(p: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda value: value.to(dtype), p)
 
 
-def _kind(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> tuple[Recipe, Any]:
-    """What two adapters must share to run as one group: methods up to their roles, and shapes."""
-    recipe = Recipe.of(adapters, adapter, site)
-    bare = Recipe(replace(recipe.method, roles=()), tuple(replace(m, roles=()) for m in recipe.members))
-    own, members = parameters(adapters, adapter, site)
-    return bare, tuple((n, v.shape) for p in (own, *members) for n, v in p.items())
+_KINDS: dict[Any, int] = {}
 
 
-def _group(recipe: Recipe, members: list[tuple[int, Adapter]], device: torch.device) -> Group:
+def kinds(adapters: Mapping[str, Adapter], adapter: Adapter) -> dict[str, int]:
+    """Site → a number for what adapters must share to run as one group there: methods up to their roles, and shapes."""
+    found = {}
+    for site in adapter.sites.values():
+        recipe = Recipe.of(adapters, adapter, site)
+        bare = (replace(recipe.method, roles=()), *(replace(m, roles=()) for m in recipe.members))
+        own, members = parameters(adapters, adapter, site)
+        shapes = tuple((n, v.shape) for p in (own, *members) for n, v in p.items())
+        found[site.name] = _KINDS.setdefault((bare, shapes), len(_KINDS))
+    return found
+
+
+def _group(kind: int, members: list[tuple[int, Adapter]], device: torch.device) -> Group:
     adapters = list(dict.fromkeys(adapter for _, adapter in members))
     index = {adapter: i for i, adapter in enumerate(adapters)}
     rows = torch.tensor([row for row, _ in members], device=device)
     which = torch.tensor([index[adapter] for _, adapter in members], device=device)
-    return Group(recipe, tuple(adapters), rows, which)
+    return Group(kind, tuple(adapters), rows, which)
 
 
 def run_copies(

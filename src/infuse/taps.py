@@ -45,7 +45,7 @@ class Tap:
             return None
         h = args[0]
         for site in self.inputs:
-            h = adapted(self.store.adapters, route, Call(site, h, h, self.store.training))
+            h = self._adapted(route, site, h, h)
         return (h, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -55,21 +55,22 @@ class Tap:
             return run_copies(self.store.adapters, route, self.path, output, args, kwargs)
         return self._outputs(route, output, args[0]) if self.outputs else None
 
+    def _adapted(self, route: Route, site: Site, h: Tensor, x: Tensor) -> Tensor:
+        call = Call(site, h, x, self.store.training, residual_at(self.store, site), self.store.banks)
+        return adapted(self.store.adapters, route, call)
+
     def _outputs(self, route: Route, h: Tensor, x: Tensor) -> Tensor:
         slices = []
         for site in self.outputs:
             if site.whole:
-                call = Call(site, h, x, self.store.training, residual_at(self.store, site))
-                h = adapted(self.store.adapters, route, call)
+                h = self._adapted(route, site, h, x)
             else:
                 slices.append(site)
         if not slices:
             return h
         pieces, end = [], 0
         for site in slices:
-            new = adapted(
-                self.store.adapters, route, Call(site, h[..., site.start : site.stop], x, self.store.training)
-            )
+            new = self._adapted(route, site, h[..., site.start : site.stop], x)
             pieces += [h[..., end : site.start], new]
             end = site.stop
         return torch.cat([*pieces, h[..., end:]], dim=-1)

@@ -50,7 +50,8 @@ class Fusion(Mixer):
         training: bool,
     ) -> Float[Tensor, "*batch members"]:
         q = F.linear(query, p["Q"], p["q"])
-        scores = (F.linear(updates, p["K"], p["k"]) @ q.unsqueeze(-1)).squeeze(-1)
+        # q·(K·u + k) = (Kᵀq)·u + q·k: one product per query instead of one per member.
+        scores = (updates @ (q @ p["K"]).unsqueeze(-1)).squeeze(-1) + (q @ p["k"]).unsqueeze(-1)
         if self.dropout:
             scores = F.dropout(scores, self.dropout, training)
         return scores.softmax(-1)
@@ -58,7 +59,7 @@ class Fusion(Mixer):
     def mix(
         self, p: Params, weights: Float[Tensor, "*batch members"], updates: Float[Tensor, "*batch members width"]
     ) -> Float[Tensor, "*batch width"]:
-        return (weights.unsqueeze(-2) @ F.linear(updates, p["V"])).squeeze(-2)
+        return F.linear((weights.unsqueeze(-2) @ updates).squeeze(-2), p["V"])  # V is linear: mix first
 
     def penalty(self, p: Params) -> Any:
         return self.regulariser * (p["V"] - torch.eye(len(p["V"]), device=p["V"].device)).square().sum()

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from infuse.lean import scale
 from infuse.method import Method, Params, register
 from infuse.sites import Site
 
@@ -36,7 +37,7 @@ class IA3(Method):
         return {"l": torch.ones(site.width)}
 
     def forward(self, p: Params, h: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return h * p["l"]
+        return scale(h, p["l"])
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
         if side == "input":

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from infuse.errors import InfuseError
 from infuse.formats.options import LORA_VARIANTS, pattern_value, refuse_options
+from infuse.lean import low_rank
 from infuse.method import Method, Params, register
 from infuse.ops import joined
 from infuse.sites import Site
@@ -78,7 +79,7 @@ class LoRA(Method):
         training: bool,
     ) -> Float[Tensor, "*batch out"]:
         dropped = F.dropout(x, self.dropout, training) if self.dropout else x
-        update = F.linear(F.linear(dropped, p["A"]), p["B"]) * self.scale
+        update = low_rank(dropped, p["A"], p["B"], self.scale)
         if not self.dora:
             return update
         # With dropout the whole of V sees the dropped input in the magnitude's share, as PEFT computes it.

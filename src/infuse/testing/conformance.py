@@ -149,8 +149,13 @@ def mixed_equals_one_by_one(method: Method, make: Make) -> None:
     rows = ["b", None, "a", "c", "b", "a"]
     for names in (rows, [None, None, "a", None, None, None], ["a", "b", "c", "c", "b", "a"], ["a"] * 6):
         mixed = output(model, batch, names)
-        for row, name in enumerate(names):
-            close(mixed[row], output(model, batch, name)[row])
+        alone = torch.stack([output(model, batch, name)[row] for row, name in enumerate(names)])
+        close(mixed, alone)
+        with torch.no_grad():
+            close(output(model, batch, names), alone)
+    wake(model, "b", seed=9)  # what inference has prepared must not outlive a change
+    with torch.no_grad():
+        close(output(model, batch, rows), torch.stack([output(model, batch, n)[r] for r, n in enumerate(rows)]))
     output(model, batch, rows).square().mean().backward()
     together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

@@ -1,0 +1,121 @@
+"""Attention for short rows on CPUs: a few whole-batch operations, and a lean backward."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+
+from infuse.lean import applies
+
+NAME = "infuse"
+"""The name under which transformers knows :func:`attention`."""
+SHORT = 256
+"""Rows up to this many positions take the path for short rows (docs/decisions.md)."""
+
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
+Query = Float[Tensor, "rows heads positions width"]
+Keys = Float[Tensor, "rows key_heads keys width"]
+Mixed = Float[Tensor, "rows positions heads width"]
+
+
+class _ShortRows(torch.autograd.Function):
+    """``softmax(s·q·kᵀ + mask)·v``, the softmax in float32.
+
+    Backward keeps q, k and v as they came (views of what the projections gave) and the probabilities, nothing else.
+    Heads that share keys (grouped queries) are taken as more positions of one head, so that no key is repeated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float) -> Mixed:
+        scores = torch.bmm(_flat(q, k), _flat(k, k).transpose(1, 2)).to(_wide(q, k)).mul_(scaling)
+        if mask is not None:
+            rows, heads, positions, _ = q.shape
+            by_head = scores.view(rows, k.shape[1], heads // k.shape[1], positions, -1)
+            if mask.shape[1] == 1:
+                by_head += mask.unsqueeze(2)
+            else:
+                by_head += mask.expand(rows, heads, positions, -1).reshape(by_head.shape)
+        p = scores.softmax(-1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scaling = scaling
+        return torch.bmm(p, _flat(v, k)).view(*q.shape[:3], v.shape[-1]).transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Mixed) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, p = ctx.saved_tensors
+        g = _flat(g.transpose(1, 2), k)
+        wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
+        grad_q = grad_k = grad_v = None
+        if wants_v:
+            grad_v = torch.bmm(p.transpose(1, 2), g).view(v.shape)
+        if wants_q or wants_k:
+            dtype = _wide(q, k)
+            inner = torch.bmm(g, _flat(v, k).transpose(1, 2)).to(dtype)
+            inner = _softmax_backward(inner, p.to(dtype), -1, dtype).mul_(ctx.scaling).to(q.dtype)
+            if wants_q:
+                grad_q = torch.bmm(inner, _flat(k, k)).view(q.shape)
+            if wants_k:
+                grad_k = torch.bmm(inner.transpose(1, 2), _flat(q, k)).view(k.shape)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _wide(q: Query, k: Keys) -> torch.dtype:
+    """The dtype of the scores: torch's bfloat16 softmax is slow on very short rows."""
+    return torch.float32 if q.dtype == torch.bfloat16 and k.shape[2] < 32 else q.dtype
+
+
+def _flat(x: Tensor, k: Keys) -> Float[Tensor, "rows_and_key_heads positions width"]:
+    return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def attention(
+    module: nn.Module,
+    query: Query,
+    key: Keys,
+    value: Keys,
+    attention_mask: Float[Tensor, "rows heads positions keys"] | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Mixed, None]:
+    """Attention as transformers asks for it.
+
+    Training on short rows takes the leanest way on CPUs; torch's own kernel, slow there in backward, does the rest.
+    """
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    bias = kwargs.get("position_bias")
+    fixed = bias is None or not bias.requires_grad
+    if query.device.type != "cpu" or key.shape[2] > SHORT or not (trains and fixed) or kwargs.get("cache") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias
+    if dropout or not applies(query, key, value):
+        return _plain(query, key, value, mask, factor, dropout), None
+    return _ShortRows.apply(query, key, value, mask, factor), None  # type: ignore[return-value]
+
+
+def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, dropout: float) -> Mixed:
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scaling
+    p = (scores if mask is None else scores + mask).softmax(-1)
+    return torch.matmul(F.dropout(p, dropout), v).transpose(1, 2).contiguous()
+
+
+def choose(model: PreTrainedModel) -> None:
+    """Let a model on the CPU use :func:`attention` if it can, and plain operations if not."""
+    if next(model.parameters()).device.type == "cpu":
+        model.set_attn_implementation(NAME if model._supports_sdpa else "eager")
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, eager_mask)
