@@ -3,7 +3,8 @@
 import hashlib
 import importlib.util
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ PACKAGED = {
 class BaseModel:
     """A loaded base: the model, its tokenizer, and how its texts are pooled.
 
-    ``name`` is what finds the base again: an alias, a hub id, or the path of a folder.
+    ``name`` is what finds the base again: an alias, a hub id, or the path of a folder. ``remembered`` holds what the
+    frozen base gave for some texts (see :meth:`recall`); training the base itself must clear it.
     """
 
     name: str
@@ -60,6 +62,21 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
     pooling: str
     width: int
+    remembered: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+
+    def recall(self, about: str, tokens: list[list[int]], compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives for these token ids, computed once for as long as the base is loaded.
+
+        ``about`` must name everything else that it depends on; weights and precision are this base's own.
+        """
+        key = hashlib.sha256(f"{about} {tokens!r}".encode()).hexdigest()
+        if key not in self.remembered:
+            self.remembered[key] = compute()
+        return self.remembered[key]
 
 
 def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", precision: str = "fp32") -> BaseModel:

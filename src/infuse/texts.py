@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from infuse.bases import BaseModel
 from infuse.heads import apply, head_of, pool
 from infuse.model import route
 from infuse.sites import model_type
@@ -64,6 +65,13 @@ def features(
         for i, row in zip(index, pool(out["last_hidden_state"], batch["attention_mask"], pooling), strict=True):
             rows[i] = row.cpu()
     return torch.stack(rows)
+
+
+def bare_features(base: BaseModel, tokens: Tokens) -> Float[Tensor, "texts width"]:
+    """:func:`features` of the bare base, run once for the same texts."""
+    return base.recall(
+        f"features {base.pooling}", tokens, lambda: features(base.model, tokens, base.pad_id, base.pooling)
+    )
 
 
 def trunk(model: nn.Module) -> Any:

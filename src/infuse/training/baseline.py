@@ -7,7 +7,7 @@ from sklearn.multiclass import OneVsRestClassifier
 
 from infuse.bases import BaseModel
 from infuse.data import Rows
-from infuse.texts import features
+from infuse.texts import bare_features
 from infuse.training.fit import encode, one_hot
 from infuse.training.metrics import overall
 
@@ -20,11 +20,10 @@ def logistic_regression(
     The features are the pooled hidden states of the bare base; multi-label data gets one regression per label.
     """
     labels = train.label_set
-    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
 
     def prepared(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         encoded = encode(base, rows, labels, max_length)
-        inputs = features(base.model, encoded.tokens, pad_id, base.pooling).numpy()
+        inputs = bare_features(base, encoded.tokens).numpy()
         targets = one_hot(encoded.targets, len(labels)).to(torch.int) if rows.multi else encoded.targets
         return inputs, targets.numpy()
 

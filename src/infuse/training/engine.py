@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -15,6 +17,7 @@ from infuse.errors import InfuseError
 from infuse.heads import Head, apply
 from infuse.model import penalty, store_of
 from infuse.texts import Tokens, pad
+from infuse.training.prefix import Prefix, Remembered
 from infuse.training.settings import Settings
 
 WEIGHTS, STATE = "trained.safetensors", "trainer_state.json"
@@ -26,7 +29,14 @@ class TextClassifier(nn.Module):
     The frozen trunk runs in eval mode unless ``trunk_dropout``: dropout in layers that do not learn only adds noise.
     """
 
-    def __init__(self, model: nn.Module, name: str, settings: Settings, weights: Tensor | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        settings: Settings,
+        weights: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ):
         super().__init__()
         self.model = model
         self.store = [store_of(model)]  # in a list, lest it be registered twice
@@ -35,17 +45,27 @@ class TextClassifier(nn.Module):
         self.head = [self.adapter.head]
         self.whole = settings.trunk_dropout or self.adapter.method.unfreezes
         self.smoothing = settings.label_smoothing
+        self.prefix = [prefix]
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        hidden: Tensor | None = None,
+        share: float = 1.0,
+    ) -> dict[str, Tensor]:
+        prefix = self.prefix[0]
+        with prefix.replaced(hidden) if prefix and hidden is not None else nullcontext():
+            out = self.model(input_ids=input_ids, attention_mask=attention_mask)
         head = self.head[0]
         logits = apply(head, out, attention_mask)
         if labels is None:
             return {"logits": logits}
         loss = head.loss(logits, labels, self.class_weights, self.smoothing)
-        return {"loss": loss + penalty(self.model, self.adapter.name), "logits": logits}
+        return {"loss": share * (loss + penalty(self.model, self.adapter.name)), "logits": logits}
 
     def train(self, mode: bool = True) -> "TextClassifier":
         self.training = mode
@@ -55,17 +75,22 @@ class TextClassifier(nn.Module):
 
 
 class Encoded(Dataset):
-    """Tokenised rows with their targets: class indices, or 0/1 vectors for multi-label data."""
+    """Tokenised rows with their targets: class indices, or 0/1 vectors for multi-label data.
+
+    ``remembered`` gives the hidden states of a row's frozen layers, if there are any to skip.
+    """
 
     def __init__(self, tokens: Tokens, targets: Tensor):
         self.tokens = tokens
         self.targets = targets
+        self.remembered: Remembered | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, index: int) -> tuple[list[int], Tensor]:
-        return self.tokens[index], self.targets[index]
+    def __getitem__(self, index: int) -> tuple[list[int], Tensor, Tensor | None]:
+        hidden = None if self.remembered is None else self.remembered[index]
+        return self.tokens[index], self.targets[index], hidden
 
     def sorted(self) -> "Encoded":
         """The same rows, longest first, so that batches in order are nearly free of padding."""
@@ -79,18 +104,19 @@ class Collate:
     def __init__(self, pad_id: int):
         self.pad_id = pad_id
 
-    def __call__(self, rows: Sequence[tuple[list[int], Tensor]]) -> dict[str, Tensor]:
-        tokens, targets = zip(*rows, strict=True)
-        return pad(tokens, self.pad_id) | {"labels": torch.stack(targets)}
+    def __call__(self, rows: Sequence[tuple[list[int], Tensor, Tensor | None]]) -> dict[str, Tensor]:
+        tokens, targets, hidden = zip(*rows, strict=True)
+        batch = pad(tokens, self.pad_id) | {"labels": torch.stack(targets)}
+        return batch if hidden[0] is None else batch | {"hidden": pad_sequence(list(hidden), batch_first=True)}
 
 
 class Buckets(Sampler[int]):
-    """Shuffled rows in batches of similar length: sorted within buckets of 50 batches, the batches shuffled again.
+    """Shuffled rows in batches of similar length: sorted within buckets of 100 batches, the batches shuffled again.
 
     The order is a function of the seed and the epoch alone, so that a resumed run sees the same batches.
     """
 
-    def __init__(self, tokens: Tokens, batch_size: int, seed: int, batches: int = 50):
+    def __init__(self, tokens: Tokens, batch_size: int, seed: int, batches: int = 100):
         self.lengths = [len(ids) for ids in tokens]
         self.batch_size = batch_size
         self.bucket = batches * batch_size
@@ -132,8 +158,16 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = parameter_groups(self.model, self.settings)  # type: ignore[arg-type]  # a TextClassifier
-            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        whole: Any = self.model.class_weights  # type: ignore[union-attr]  # a TextClassifier
+        steps = [
+            super(AdapterTrainer, self).training_step(model, part | {"share": share}, num_items_in_batch)
+            for part, share in parts(inputs, self.settings.max_tokens, whole)
+        ]
+        return torch.stack(steps).sum()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -161,6 +195,24 @@ class AdapterTrainer(Trainer):
         self.state = state
         if state.best_model_checkpoint:
             self._load_best_model()
+
+
+def parts(
+    batch: dict[str, Tensor], max_tokens: int, class_weights: Tensor | None = None
+) -> list[tuple[dict[str, Tensor], float]]:
+    """A batch in parts of at most ``max_tokens`` tokens (but at least one row), and each part's share of the loss."""
+    rows, length = batch["input_ids"].shape
+    size = max(1, max_tokens // length)
+    if size >= rows:
+        return [(batch, 1.0)]
+    cut = [{name: value[i : i + size] for name, value in batch.items()} for i in range(0, rows, size)]
+    mass = [len(part["labels"]) for part in cut]
+    if class_weights is not None and batch["labels"].dim() == 1:  # the loss is a weighted mean
+        mass = [class_weights.to(part["labels"].device)[part["labels"]].sum().item() for part in cut]
+    for part in cut:
+        longest = int(part["attention_mask"].sum(1).max())
+        part |= {name: value[:, :longest] for name, value in part.items() if name != "labels"}
+    return [(part, each / sum(mass)) for part, each in zip(cut, mass, strict=True)]
 
 
 class NaNGuard(TrainerCallback):

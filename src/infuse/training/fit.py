@@ -4,10 +4,11 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from infuse.errors import InfuseError, listed
 from infuse.heads import Head
 from infuse.method import make
 from infuse.model import attach, fuse
-from infuse.texts import features, tokenize
+from infuse.texts import bare_features, tokenize
 from infuse.training.engine import STATE, WEIGHTS, AdapterTrainer, Buckets, Collate, Encoded, NaNGuard, TextClassifier
 from infuse.training.metrics import decide, overall
+from infuse.training.prefix import prefix_of, remember
 from infuse.training.settings import Settings
 
 
@@ -78,23 +80,27 @@ def fit(
         adapter = attach(base.model, method, name, layers=settings.layers)
     adapter.head = Head(settings.head, labels, base.width, base.pooling, train.multi)
     adapter.head.to(next(base.model.parameters()).device)
-    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     encoded = encode(base, train, labels, settings.max_length)
     held_out = None if validation is None else encode(base, validation, labels, settings.max_length).sorted()
     if settings.head != "hf":
-        pooled = features(base.model, encoded.tokens, pad_id, base.pooling)
-        adapter.head.start_at(pooled, one_hot(encoded.targets, len(labels)))
+        adapter.head.start_at(bare_features(base, encoded.tokens), one_hot(encoded.targets, len(labels)))
     weights = class_weights(encoded.targets, len(labels)) if settings.class_weights else None
-    model = TextClassifier(base.model, name, settings, weights)
+    prefix = None if settings.trunk_dropout else prefix_of(base, adapter)
+    if prefix is not None:
+        for rows in filter(None, (encoded, held_out)):
+            rows.remembered = remember(base, prefix, rows.tokens)
+    model = TextClassifier(base.model, name, settings, weights, prefix)
 
-    with _folder(checkpoints) as folder:
+    if method.unfreezes:
+        base.remembered.clear()
+    with _folder(checkpoints) as folder, _compiled(base) if settings.compile else nullcontext():
         trainer = AdapterTrainer(
             settings=settings,
             model=model,
             args=_arguments(settings, folder, len(encoded), held_out is not None),
             train_dataset=encoded,
             eval_dataset=held_out,
-            data_collator=Collate(pad_id),
+            data_collator=Collate(base.pad_id),
             compute_metrics=lambda out: overall(out.label_ids, _decided(out.predictions, train.multi)),
             callbacks=[NaNGuard(), *_early_stopping(settings, held_out is not None), *callbacks],
         )
@@ -163,6 +169,25 @@ def _folder(checkpoints: Path | None):
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _compiled(base: BaseModel) -> Iterator[None]:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # here, because it takes seconds to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    model: Any = base.model
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InfuseError(
+            "compile needs a C++ compiler, and there is none: install g++ or leave compile out."
+        ) from None
+    model.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        model._compiled_call_impl = None
 
 
 def _arguments(settings: Settings, folder: Path, rows: int, evaluates: bool) -> TrainingArguments:

@@ -51,11 +51,10 @@ def attention(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Mean weights of a fusion's members: site → (members,), and (texts, members) averaged over sites."""
     tokens = tokenize(base.tokenizer, rows.texts, max_length)
-    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
     per_site = {name: np.zeros(len(adapter.members)) for name in adapter.sites}
     per_text = np.zeros((len(rows), len(adapter.members)))
     for index in batches(tokens):
-        batch = pad([tokens[i] for i in index], pad_id, next(base.model.parameters()).device)
+        batch = pad([tokens[i] for i in index], base.pad_id, next(base.model.parameters()).device)
         with mixing_weights() as seen, route(base.model, adapter.name):
             trunk(base.model)(**batch)
         mask = batch["attention_mask"].unsqueeze(-1)

@@ -185,8 +185,7 @@ class Predictor:
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """(texts, labels)"""
         tokens = tokenize(self.base.tokenizer, texts, self.max_length)
-        pad_id = int(self.base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-        return probabilities(self.base.model, tokens, pad_id, self.adapter)
+        return probabilities(self.base.model, tokens, self.base.pad_id, self.adapter)
 
 
 def open_run(path: str | Path, base: str | None = None, precision: str | None = None) -> Predictor:
@@ -270,8 +269,7 @@ def _clear(folder: Path) -> None:
 
 def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
     encoded = encode(base, rows, labels, max_length)
-    pad_id = int(base.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-    given = probabilities(base.model, encoded.tokens, pad_id, ADAPTER)
+    given = probabilities(base.model, encoded.tokens, base.pad_id, ADAPTER)
     return decide(given, rows.multi), encoded.targets.numpy()
 
 
