@@ -68,8 +68,8 @@ class _ShortRows(torch.autograd.Function):
 
 
 def _wide(q: Query, k: Keys) -> torch.dtype:
-    """The dtype of the scores: torch's bfloat16 softmax is slow on very short rows."""
-    return torch.float32 if q.dtype == torch.bfloat16 and k.shape[2] < 32 else q.dtype
+    """The dtype of the scores: torch's softmax in bfloat16 is slow unless 32 divides the number of keys."""
+    return torch.float32 if q.dtype == torch.bfloat16 and k.shape[2] % 32 else q.dtype
 
 
 def _flat(x: Tensor, k: Keys) -> Float[Tensor, "rows_and_key_heads positions width"]:

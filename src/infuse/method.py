@@ -47,7 +47,7 @@ class Method(ABC):
     name: ClassVar[str]
     """Key in the registry, in files and on the command line."""
     learning_rate: ClassVar[float]
-    """Learning rate that training uses unless told otherwise."""
+    """Peak learning rate that training uses unless told otherwise; see :attr:`rate`."""
     sides: ClassVar[tuple[Literal["input", "output"], ...]] = ("output",)
     """The sides of a module at which the method is defined."""
     additive: ClassVar[bool] = False
@@ -90,6 +90,11 @@ class Method(ABC):
     def starts_at_identity(self) -> bool:
         """Whether a fresh delta changes nothing; otherwise it starts near that."""
         return True
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate under these settings."""
+        return self.learning_rate
 
     def wants(self, function: str) -> frozenset[str]:
         """Names of the tensors that ``forward``, ``update`` or ``prepare`` asks for under these settings."""

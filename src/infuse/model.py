@@ -184,8 +184,8 @@ def attach_at(
         raise InfuseError(f"Adapter {store.merged!r} is merged into the base; call infuse.unmerge(model) first.")
     if store and any(a.method.unfreezes for a in (adapter, *map(store.__getitem__, store.adapters))):
         raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
-    paths = {id(module): path for path, module in model.named_modules()}
-    norms = [paths[id(module)] for module in adapter.method.trains(list(adapter.sites.values()))]
+    extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
+    norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
     own = copies(model, [*(classification_head(model) if trained is None else trained), *dict.fromkeys(norms)])
     if store is None:
         store = model.infuse = Infused(model, arch or arch_of(model))
@@ -303,7 +303,7 @@ def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterato
         InfuseError: an adapter is unknown; inside the block, the batch has another number of rows.
     """
     store = store_of(model)
-    chosen = route_of(names, list(store.adapters))
+    chosen = route_of(names, store.adapters)  # type: ignore[arg-type]  # of adapters
     levels(store.adapters, chosen)  # type: ignore[arg-type]  # of adapters; once here, not in every compiled call
     with use(store, chosen):
         yield

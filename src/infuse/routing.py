@@ -176,7 +176,7 @@ def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
         _CALLS.weights = outer
 
 
-def route_of(names: str | Sequence[str | None] | None, known: Sequence[str]) -> Route:
+def route_of(names: str | Sequence[str | None] | None, known: Mapping[str, Any]) -> Route:
     """A route from one name or from a name per row; an error for a name that is not attached."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
     for name in rows:

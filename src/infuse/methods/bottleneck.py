@@ -45,7 +45,7 @@ class Bottleneck(Method):
     """Train copies of the LayerNorms that follow the adapted sublayers, too."""
 
     name = "bottleneck"
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     presets = MappingProxyType(
         {
             "houlsby": {},
@@ -71,6 +71,10 @@ class Bottleneck(Method):
     @classmethod
     def parallel(cls, **settings: Any) -> "Bottleneck":
         return cls(**{**cls.presets["parallel"], **settings})
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate / 2 if self.reads == "normed" else self.learning_rate
 
     @property
     def starts_at_identity(self) -> bool:

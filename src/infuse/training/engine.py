@@ -238,7 +238,7 @@ def trained(model: Any) -> list[tuple[str, nn.Parameter]]:
 def parameter_groups(model: TextClassifier, settings: Settings) -> list[dict[str, Any]]:
     """Deltas and head at their learning rates; weight decay on matrices only."""
     head = {id(p) for m in (model.adapter.head, model.adapter.copies) if m is not None for p in m.parameters()}
-    rate = settings.learning_rate or model.adapter.method.learning_rate
+    rate = settings.learning_rate or model.adapter.method.rate
     rates = {False: rate, True: settings.head_learning_rate}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for _, parameter in trained(model):

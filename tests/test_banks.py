@@ -1,0 +1,83 @@
+"""Stacked parameters kept for mixed batches: never stale, never another adapter's."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import infuse
+from infuse.banks import Bank
+from infuse.model import store_of
+from infuse.testing.conformance import close, output, wake
+from infuse.testing.tiny import inputs, tiny
+
+NAMES = ["a", "b", "c", "d"]
+
+
+@pytest.fixture
+def model():
+    model = tiny("bert").eval()
+    for seed, name in enumerate(NAMES):
+        infuse.attach(model, "lora", name)
+        wake(model, name, seed)
+    return model
+
+
+def check(model, names) -> None:
+    batch = inputs(model, rows=len(names))
+    with torch.inference_mode():
+        mixed = output(model, batch, names)
+        for row, name in enumerate(names):
+            close(mixed[row], output(model, batch, name)[row])
+
+
+def test_a_new_adapter_of_an_old_name_gets_its_own_answers(model):
+    check(model, NAMES)
+    infuse.detach(model, "b")
+    infuse.attach(model, "lora", "b")
+    wake(model, "b", 77)
+    check(model, NAMES)
+
+
+@pytest.mark.parametrize("change", ["in place", "load", "data"])
+def test_changed_parameters_are_seen(model, change):
+    check(model, NAMES)
+    adapter = store_of(model)["c"]
+    if change == "in place":
+        wake(model, "c", 5)
+    elif change == "load":
+        adapter.load_state_dict({name: value + 0.5 for name, value in adapter.state_dict().items()})
+    else:
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data + 0.5
+    check(model, NAMES)
+
+
+def test_slots_are_used_again(model):
+    check(model, NAMES)
+    bank: Bank = next(iter(store_of(model).banks.banks.values()))
+    capacity = bank.capacity
+    for seed in range(3 * capacity):
+        infuse.detach(model, "a")
+        infuse.attach(model, "lora", "a")
+        wake(model, "a", seed)
+        check(model, NAMES)
+    assert bank.capacity == capacity
+    assert len(bank.slots) == len(NAMES)
+
+
+def test_a_bank_grows(model):
+    names = [f"n{i}" for i in range(40)]
+    for seed, name in enumerate(names):
+        infuse.attach(model, "lora", name)
+        wake(model, name, seed)
+        if seed % 7 == 6:
+            check(model, [*names[: seed + 1], "a", None])
+    check(model, names[::-1])
+
+
+def test_threads_do_not_mix_their_rows(model):
+    for turn in range(4):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda shift: check(model, NAMES[shift:] + NAMES[:shift]), range(4)))
+        wake(model, NAMES[turn], 50 + turn)
