@@ -81,3 +81,13 @@ def test_threads_do_not_mix_their_rows(model):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda shift: check(model, NAMES[shift:] + NAMES[:shift]), range(4)))
         wake(model, NAMES[turn], 50 + turn)
+
+
+def test_replaced_parameters_are_seen(model):
+    check(model, NAMES)
+    adapter = store_of(model)["d"]
+    adapter.load_state_dict({name: value.clone() * 2 for name, value in adapter.state_dict().items()}, assign=True)
+    check(model, NAMES)
+    delta = next(iter(adapter.deltas.values()))
+    delta.B = torch.nn.Parameter(delta.B.detach() + 1)
+    check(model, NAMES)

@@ -15,12 +15,19 @@ from infuse.sites import Site
 class Delta(nn.Module):
     """What a method puts at one site: its parameters, and the method whose functions read them."""
 
+    registered = 0
+    """How many parameters all deltas have been given: a list of parameters made before a change may be outdated."""
+
     def __init__(self, method: Method, params: Mapping[str, Tensor]):
         super().__init__()
         self.method = method
         self.names = tuple(params)
         for name, value in params.items():
             self.register_parameter(name, nn.Parameter(value))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        Delta.registered += 1
+        super().register_parameter(name, param)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -62,6 +69,9 @@ class Adapter(nn.Module):
         self.info: dict = {}
         self.members: tuple[str, ...] = ()
         self.kinds: dict[str, int] = {}
+        self._tensors: list[Tensor] = []
+        self._seen: tuple[int, list[int]] = (-1, [])
+        self._version = 0
 
     def delta(self, site: Site) -> Delta | None:
         name = key(site.name)
@@ -79,6 +89,17 @@ class Adapter(nn.Module):
         if delta is None:
             raise KeyError(site.name)
         return {**dict(self.shared.items()), **delta.params}
+
+    def version(self) -> int:
+        """A number that grows when a parameter of the deltas was written to or replaced since the last call."""
+        if self._seen[0] != Delta.registered:
+            parameters = [*self.deltas.parameters(), *self.shared.parameters()]
+            self._tensors = [p for p in parameters if not p.is_inference()]  # those can't be written to
+        now = [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
+        if self._seen != (Delta.registered, now):
+            self._version += now != self._seen[1]
+            self._seen = Delta.registered, now
+        return self._version
 
     def copy_of(self, path: str) -> nn.Module | None:
         name = key(path)

@@ -4,14 +4,14 @@ Stacking, preparing and casting the parameters of 64 adapters costs more than th
 gets a slot when it first takes part in a mixed batch, and keeps it until it is detached or its parameters change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
 
@@ -24,37 +24,30 @@ class Bank:
 
     def __init__(self) -> None:
         self.slots: dict[Adapter, int] = {}
-        self.sources: dict[Adapter, tuple[list[Tensor], int]] = {}
+        self.versions: dict[Adapter, int] = {}
         self.free: list[int] = []
         self.stacked: Tree = None
         self.capacity = 0
 
-    def fresh(self, adapter: Adapter) -> bool:
-        """Whether the adapter has a slot that holds its parameters as they are now."""
-        tensors, stamp = self.sources.get(adapter, ((), -1))
-        return stamp == _stamp(tensors)
-
-    def put(self, adapters: Sequence[Adapter], sources: Sequence[Tree], prepared: Tree) -> None:
+    def put(self, versions: Mapping[Adapter, int], prepared: Tree) -> None:
         """Write prepared parameters, stacked in the order of the adapters, into slots of their own."""
-        new = [a for a in adapters if a not in self.slots]
+        new = [a for a in versions if a not in self.slots]
         if len(new) > len(self.free):
             self._grow(prepared, max(8, self.capacity, len(new) - len(self.free)))
         for adapter in new:
             self.slots[adapter] = self.free.pop()
-        at = torch.tensor([self.slots[a] for a in adapters])
+        at = torch.tensor([self.slots[a] for a in versions])
         tree_map(lambda bank, values: bank.index_copy_(0, at.to(bank.device), values), self.stacked, prepared)
-        for adapter, source in zip(adapters, sources, strict=True):
-            tensors = tree_leaves(source)
-            self.sources[adapter] = tensors, _stamp(tensors)
+        self.versions.update(versions)
 
     def forget(self, adapter: Adapter) -> None:
         """Give an adapter's slot to others."""
-        self.sources.pop(adapter, None)
         if adapter in self.slots:
             self.free.append(self.slots.pop(adapter))
+            del self.versions[adapter]
 
     def _grow(self, like: Tree, more: int) -> None:
-        self.free += range(self.capacity, self.capacity + more)
+        self.free = [*reversed(range(self.capacity, self.capacity + more)), *self.free]
         self.capacity += more
         old = self.stacked
         self.stacked = tree_map(lambda value: value.new_zeros(self.capacity, *value.shape[1:]), like)
@@ -72,29 +65,30 @@ class Banks:
     def gather(
         self,
         key: Any,
-        adapters: Sequence[Adapter],
+        versions: Mapping[Adapter, int],
         which: Int[Tensor, " rows"],
-        source: Callable[[Adapter], Tree],
-        prepare: Callable[[Sequence[Tree]], Tree],
+        prepare: Callable[[Sequence[Adapter]], Tree],
     ) -> Tree:
         """Prepared parameters of every row, (rows, ...).
 
         Args:
             key: what tells this bank from others: site, kind, dtype, device.
-            adapters: the different adapters of the rows, and ``which`` of them each row uses.
-            source: an adapter's parameters.
+            versions: the different adapters of the rows, each with the version of its parameters.
+            which: which of these adapters each row uses.
             prepare: parameters of several adapters, stacked and ready to be used.
         """
         with self.lock:
             bank = self.banks.setdefault(key, Bank())
-            stale = [a for a in adapters if not bank.fresh(a)]
+            stale = {a: v for a, v in versions.items() if bank.versions.get(a) != v}
             if stale:
                 with torch.inference_mode(False), torch.no_grad():
-                    sources = [source(a) for a in stale]
-                    bank.put(stale, sources, prepare(sources))
-            slots = torch.tensor([bank.slots[a] for a in adapters]).to(which.device)[which]
+                    bank.put(stale, prepare(list(stale)))
+            slots = [bank.slots[a] for a in versions]
             stacked = bank.stacked
-        return tree_map(lambda value: value[slots], stacked)
+        if len(which) == len(slots) and slots == list(range(slots[0], slots[0] + len(slots))):
+            return tree_map(lambda value: value[slots[0] : slots[0] + len(slots)], stacked)  # no need to copy
+        at = torch.tensor(slots).to(which.device)[which]
+        return tree_map(lambda value: value[at], stacked)
 
     def forget(self, adapter: Adapter) -> None:
         with self.lock:
@@ -103,8 +97,3 @@ class Banks:
 
     def __deepcopy__(self, memo: dict) -> "Banks":
         return Banks()
-
-
-def _stamp(tensors: Sequence[Tensor]) -> int:
-    """Changes when one of the tensors is written to or replaced."""
-    return hash(tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))

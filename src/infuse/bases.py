@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
 from infuse.errors import InfuseError
@@ -90,6 +91,7 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
     Raises:
         InfuseError: the base is not there, not readable, or the hub is out of reach.
     """
+    keep_freed_memory()
     source, dtype = locate(name), dtype_of(precision)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a missing pooler or a new head is no news here

@@ -64,6 +64,8 @@ class Infused(nn.Module):
 
     def enter(self, module: nn.Module, args: tuple) -> None:
         carry_routes(self, self.checkpointed)
+        if isinstance(route := current(self), Mixed):
+            route.renew()
 
     def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
         forget_residuals(self)

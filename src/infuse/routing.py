@@ -74,32 +74,47 @@ def parameters(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) ->
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters."""
+    """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters.
+
+    ``adapters`` are the different ones, each with the version of its parameters, and ``which`` says whose each row is.
+    """
 
     kind: int
-    adapters: tuple[Adapter, ...]
+    adapters: dict[Adapter, int]
     rows: Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
 
 
 @dataclass(eq=False)
 class Mixed:
-    """A route with an entry per row; keeps its plan for each site."""
+    """A route with an entry per row; keeps its plan for each site until the next forward pass."""
 
     names: tuple[str | None, ...]
     levels: list["Route"] = field(default_factory=list)
     plans: dict[Any, list[Group]] = field(default_factory=dict)
+    alike: dict[tuple[int, ...], tuple[Adapter, list[int]]] = field(default_factory=dict)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
-        kinds = tuple(None if name is None else adapters[name].kinds.get(site.name) for name in self.names)
+        if not self.alike:
+            for row, name in enumerate(self.names):
+                if name is not None:
+                    self.alike.setdefault(tuple(adapters[name].kinds.values()), (adapters[name], []))[1].append(row)
+        kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike.values())
         if (kinds, device) not in self.plans:  # most sites share one plan
-            alike: dict[int, list[tuple[int, Adapter]]] = {}
-            for row, (name, kind) in enumerate(zip(self.names, kinds, strict=True)):
-                if name is not None and kind is not None:
-                    alike.setdefault(kind, []).append((row, adapters[name]))
-            self.plans[kinds, device] = [_group(kind, rows, device) for kind, rows in alike.items()]
+            rows: dict[int, list[int]] = {}
+            for kind, (_, own) in zip(kinds, self.alike.values(), strict=True):
+                if kind is not None:
+                    rows.setdefault(kind, []).extend(own)
+            self.plans[kinds, device] = [_group(adapters, self.names, k, sorted(r), device) for k, r in rows.items()]
         return self.plans[kinds, device]
+
+    def renew(self) -> None:
+        """Forget the plans: parameters may have changed since they were made."""
+        self.plans.clear()
+        for level in self.levels:
+            if isinstance(level, Mixed):
+                level.plans.clear()
 
 
 Route = str | Mixed | None
@@ -264,7 +279,7 @@ def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tenso
     for group in route.plan(adapters, site, h.device):
         every = len(group.rows) == len(h)
         if len(group.adapters) == 1:
-            new = _one(adapters, group.adapters[0], call, group.rows)
+            new = _one(adapters, next(iter(group.adapters)), call, group.rows)
         else:
             new = _many(adapters, group, call)
         out = new if every else out.index_copy(0, group.rows, new)
@@ -278,22 +293,20 @@ def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: Te
 
 
 def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
-    recipe, fixed = Recipe.of(adapters, group.adapters[0], call.site), call.fixed()
+    recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
 
-    def source(adapter: Adapter) -> Parameters:
-        return parameters(adapters, adapter, call.site)
-
-    def stacked(each: Sequence[Parameters]) -> Any:
+    def stacked(some: Iterable[Adapter]) -> Any:
+        each = [parameters(adapters, adapter, call.site) for adapter in some]
         both = tree_map(lambda *values: torch.stack(values), *each)
         if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
             both = vmap(partial(recipe.prepare, fixed=fixed))(both)
         return _cast(both, call.h.dtype)
 
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
-        p = tree_map(lambda value: value[group.which], stacked([source(a) for a in group.adapters]))
+        p = tree_map(lambda value: value[group.which], stacked(group.adapters))
     else:
         key = (call.site.name, group.kind, call.h.dtype, call.h.device)
-        p = call.banks.gather(key, group.adapters, group.which, source, stacked)
+        p = call.banks.gather(key, group.adapters, group.which, stacked)
     new = vmap(partial(recipe.new, fixed=fixed), randomness="different")(p, call.rowwise(recipe.needs, group.rows))
     return new.to(call.h.dtype)
 
@@ -322,12 +335,20 @@ def kinds(adapters: Mapping[str, Adapter], adapter: Adapter) -> dict[str, int]:
     return found
 
 
-def _group(kind: int, members: list[tuple[int, Adapter]], device: torch.device) -> Group:
-    adapters = list(dict.fromkeys(adapter for _, adapter in members))
-    index = {adapter: i for i, adapter in enumerate(adapters)}
-    rows = torch.tensor([row for row, _ in members], device=device)
-    which = torch.tensor([index[adapter] for _, adapter in members], device=device)
-    return Group(kind, tuple(adapters), rows, which)
+def _group(
+    adapters: Mapping[str, Adapter], names: Sequence[str | None], kind: int, rows: list[int], device: torch.device
+) -> Group:
+    own = [adapters[name] for row in rows if (name := names[row]) is not None]
+    versions = {adapter: _version(adapters, adapter) for adapter in dict.fromkeys(own)}
+    index = {adapter: i for i, adapter in enumerate(versions)}
+    which = torch.tensor([index[adapter] for adapter in own], device=device)
+    return Group(kind, versions, torch.tensor(rows, device=device), which)
+
+
+def _version(adapters: Mapping[str, Adapter], adapter: Adapter) -> int:
+    if torch.compiler.is_compiling():  # where no bank is used
+        return 0
+    return adapter.version() + sum(adapters[member].version() for member in adapter.members)
 
 
 def run_copies(
