@@ -1,9 +1,9 @@
 """Adapting the last layers only, the frozen ones run once: seconds per epoch and accuracy.
 
-    python bench/depth.py --data train.csv --validation validation.csv [--methods ia3] [--layers all last:2] [--json OUT]
+    python bench/depth.py --data train.csv --validation validation.csv [--layers all last:2]
 
-``first`` is everything before the first step (tokens, the head's start, the frozen layers); ``epoch`` is the mean over the
-epochs, evaluation left out; ``ratio`` is an epoch's time over that of the first entry of ``--layers``.
+``first`` is everything before the first step (tokens, the head's start, the frozen layers); ``epoch`` is the mean over
+the epochs, evaluation left out; ``ratio`` is an epoch's time over that of the first entry of ``--layers``.
 """
 
 import argparse

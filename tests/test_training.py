@@ -292,6 +292,22 @@ def cut(monkeypatch, at):
     )
 
 
+def test_an_interrupted_run_is_not_resumed_on_other_data(tiny_base, toy, tmp_path, monkeypatch):
+    data = tmp_path / "data.csv"
+    shutil.copy(toy, data)
+    settings = config(tiny_base, data, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(CutError):
+        cut(patch, 7)
+        train(settings)
+    before = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    data.write_text(toy.read_text().replace("card", "cart"))
+    with pytest.raises(InfuseError, match="data has changed"):
+        train(settings)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == before
+    shutil.copy(toy, data)
+    assert train(settings).metrics["resumed"]
+
+
 @pytest.mark.parametrize("at", [3, 6, 17, 23, "end"])
 def test_any_interruption_can_be_resumed(tiny_base, toy, reference, tmp_path, monkeypatch, at):
     settings = config(tiny_base, toy, tmp_path / "run")

@@ -1,5 +1,6 @@
 """One run of ``infuse train``: from a data source and a base's name to a run folder."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -14,7 +15,7 @@ from transformers import TrainerCallback
 
 from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, save
-from infuse.data import Rows, load_splits
+from infuse.data import Rows, Splits, load_splits
 from infuse.data.check import check_rows
 from infuse.errors import InfuseError
 from infuse.method import Mixer, make
@@ -30,6 +31,7 @@ from infuse.training.plots import confusion_plot, curves_plot
 from infuse.training.settings import Settings
 
 _CONFIG, _METRICS, MODEL = "config.yaml", "metrics.json", "model"
+_DIGEST = "data.sha256"
 
 
 @dataclass
@@ -103,6 +105,11 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
     )
     for warning in warnings:
         say(f"warning: {warning}")
+    digest, known = _digest(splits), folder / CHECKPOINTS / _DIGEST
+    if known.exists() and known.read_text() != digest and not config.overwrite:
+        raise InfuseError(
+            f"The data has changed since the run in {folder} was cut off; choose another --out, or pass --overwrite."
+        )
     labels = splits.train.label_set
     precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
     count = len(labels) if config.head == "hf" else None
@@ -122,6 +129,8 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _CONFIG).write_text(as_yaml(config))
+    known.parent.mkdir(exist_ok=True)
+    known.write_text(digest)
     started = time.perf_counter()
     try:
         fitted = fit(
@@ -258,6 +267,11 @@ def _prepare(config: TrainConfig) -> Path:
     elif folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
         raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
     return folder
+
+
+def _digest(splits: Splits) -> str:
+    rows = (splits.train, splits.validation)
+    return hashlib.sha256(repr([(each.texts, each.labels) for each in rows]).encode()).hexdigest()
 
 
 def _clear(folder: Path) -> None:
