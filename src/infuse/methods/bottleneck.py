@@ -45,7 +45,7 @@ class Bottleneck(Method):
     """Train copies of the LayerNorms that follow the adapted sublayers, too."""
 
     name = "bottleneck"
-    learning_rate = 2e-3
+    learning_rate = 1e-3
     presets = MappingProxyType(
         {
             "houlsby": {},
@@ -74,7 +74,7 @@ class Bottleneck(Method):
 
     @property
     def rate(self) -> float:
-        return self.learning_rate / 2 if self.reads == "normed" else self.learning_rate
+        return 2 * self.learning_rate if self.reads == "residual" else self.learning_rate
 
     @property
     def starts_at_identity(self) -> bool:
