@@ -19,6 +19,7 @@ from infuse.model import attach, detach, summary
 from infuse.sites import find_sites
 from infuse.training.fusing import AverageConfig, FuseConfig, average_runs, fuse_runs
 from infuse.training.run import TrainConfig, evaluate, open_run, train
+from infuse.tuning import TuneConfig, tune
 
 
 @dataclass
@@ -148,12 +149,19 @@ def _fuse(config: FuseConfig) -> None:
     console.show_run(fuse_runs(config, say=console.err.print, callbacks=[console.ShowProgress()]))
 
 
+def _tune(config: TuneConfig) -> None:
+    with console.ShowTuning() as watch:
+        tuned = tune(config, say=console.err.print, watch=watch)
+    console.show_tuned(tuned)
+
+
 def _average(config: AverageConfig) -> None:
     console.out.print(f"average: {average_runs(config)}", soft_wrap=True)
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
+    "tune": (TuneConfig, _tune),
     "fuse": (FuseConfig, _fuse),
     "average": (AverageConfig, _average),
     "evaluate": (EvaluateConfig, _evaluate),
@@ -185,7 +193,7 @@ def _parse(arguments: list[str]) -> Any:
     choices = []
     for name, (kind, _) in COMMANDS.items():
         described = {"name": name, "description": kind.__doc__}
-        if arguments[:1] == [name] and name in ("train", "fuse") and (path := _option(arguments, "--config")):
+        if arguments[:1] == [name] and name in ("train", "tune", "fuse") and (path := _option(arguments, "--config")):
             described["default"] = _from_yaml(kind, Path(path))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
@@ -193,7 +201,7 @@ def _parse(arguments: list[str]) -> Any:
         union,
         prog="infuse",
         args=arguments,
-        description="Parameter-efficient fine-tuning of text classifiers: train, measure, predict, merge.",
+        description="Parameter-efficient fine-tuning of text classifiers: train, tune, measure, predict, merge.",
     )
 
 
@@ -218,6 +226,10 @@ def _from_yaml(kind: type, path: Path) -> Any:
         raise InfuseError(f"The config {path} has unknown settings ({odd}); the settings are {listed(known, 40)}.")
     if isinstance(values.get("method"), dict):
         values["method"] = spelled(make(values["method"]))
+    if isinstance(values.get("methods"), list):
+        values["methods"] = [spelled(make(each)) if isinstance(each, dict) else each for each in values["methods"]]
+    if isinstance(values.get("space"), dict):
+        values["space"] = [yaml.safe_dump(values["space"], default_flow_style=True, sort_keys=False)]
     for name, value in values.items():
         if name in ("out", "config") and isinstance(value, str):
             values[name] = Path(value)

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.sites import Site
 from infuse.training.run import Run
+from infuse.tuning.run import Standing, Tuned
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -60,6 +62,61 @@ class ShowProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.progress.stop()
+
+
+class ShowTuning:
+    """A bar with the best trial, the time left and the running trial on a terminal; a line per trial elsewhere."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"), console=err,
+        )  # fmt: skip
+        self.task: Any = None
+
+    def __enter__(self) -> "ShowTuning":
+        if err.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        if err.is_terminal:  # elsewhere it would print an empty line
+            self.progress.stop()
+
+    def __call__(self, standing: Standing) -> None:
+        best = f"best {100 * standing.best:.2f} (trial {standing.best_trial})" if standing.best is not None else ""
+        left = f"{_duration(standing.seconds_left)} left" if standing.seconds_left else ""
+        done = min(standing.done, standing.wanted)
+        if err.is_terminal:
+            if self.task is None:
+                self.task = self.progress.add_task("tuning", total=standing.wanted, note="")
+            note = "  ".join(filter(None, (best, left, standing.now)))
+            self.progress.update(self.task, completed=done, note=escape(note))
+        elif standing.event:
+            parts = (standing.event, best, f"{done} of {standing.wanted} trials", left)
+            err.print("; ".join(filter(None, parts)), markup=False, soft_wrap=True)
+
+
+def show_tuned(tuned: Tuned) -> None:
+    """The best trial beside the defaults, and what to do with it."""
+    best, metrics = tuned.best, tuned.run.metrics
+    table = Table(title=f"best of {tuned.states['complete']} trials that came to their end", title_justify="left")
+    for column in ("", "validation macro-F1"):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
+    table.add_row(f"trial {best['trial']}: {metrics['method']} on {best['base']}", f"{100 * best['macro_f1']:.2f}")
+    for name, score in tuned.defaults.items():
+        table.add_row(f"  defaults of {name}", f"{100 * score:.2f}")
+    if metrics["baseline"]:
+        table.add_row("  logistic regression, frozen base", _percents(metrics["baseline"]["validation"])[1])
+    out.print(table)
+    if tuned.defaults and best["macro_f1"] <= max(tuned.defaults.values()):
+        out.print("the defaults hold: no trial was better")
+    changed = ", ".join(f"{key} {value}" for key, value in best["settings"].items())
+    out.print(f"settings: {changed}", soft_wrap=True, markup=False)
+    out.print(
+        f"{tuned.folder}: best/ (the run), best.yaml (repeats it), trials.csv, report.md and plots",
+        soft_wrap=True,
+    )
 
 
 def show_run(run: Run) -> None:
@@ -161,6 +218,12 @@ def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, int, int]]
     for method, sites, count in rows:
         table.add_row(method, str(sites), f"{count:,}", f"{100 * count / parameters:.3f}")
     out.print(table)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _percents(measures: dict[str, float]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from infuse.errors import InfuseError, listed
 from infuse.sites import Site
+from infuse.spaces import Space
 
 Params = Mapping[str, Tensor]
 
@@ -54,6 +55,8 @@ class Method(ABC):
     """Whether the delta is ``h + update``; only such deltas can be fused. Filled from what the class defines."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names of known variants, and their settings."""
+    space: ClassVar[Space] = {}
+    """Where `infuse tune` searches the settings and the learning rate; the defaults lie in it."""
     mergeable: ClassVar[bool] = False
     """Whether :meth:`merge` folds the delta into the base weight."""
 

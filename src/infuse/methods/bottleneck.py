@@ -13,6 +13,7 @@ from infuse.errors import InfuseError
 from infuse.method import Method, Params, register
 from infuse.ops import STARTS, bottleneck, check_activation, started
 from infuse.sites import Site
+from infuse.spaces import Choice, Log
 
 
 @register
@@ -46,6 +47,14 @@ class Bottleneck(Method):
 
     name = "bottleneck"
     learning_rate = 1e-3
+    space = MappingProxyType(
+        {
+            "learning_rate": Log(2e-4, 1e-2),
+            "reduction": Choice(2.0, 8.0, 16.0, 32.0),
+            "dropout": Choice(0.0, 0.1),
+            "activation": Choice("relu", "gelu", "swish"),
+        }
+    )
     presets = MappingProxyType(
         {
             "houlsby": {},

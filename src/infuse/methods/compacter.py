@@ -14,6 +14,7 @@ from infuse.method import Method, Params, register
 from infuse.methods.bottleneck import SOURCES, check_bottleneck, check_reads
 from infuse.ops import bottleneck
 from infuse.sites import Site
+from infuse.spaces import Choice, Log
 
 
 @register
@@ -42,6 +43,14 @@ class Compacter(Method):
 
     name = "compacter"
     learning_rate = 3e-3
+    space = MappingProxyType(
+        {
+            "learning_rate": Log(5e-4, 2e-2),
+            "reduction": Choice(8.0, 16.0, 32.0),
+            "dropout": Choice(0.0, 0.1),
+            "activation": Choice("relu", "gelu", "swish"),
+        }
+    )
     presets = MappingProxyType(
         {
             "compacter++": {"roles": ("ffn_output",), "reads": "normed"},

@@ -12,6 +12,7 @@ from torch import Tensor
 from infuse.lean import scale
 from infuse.method import Method, Params, register
 from infuse.sites import Site
+from infuse.spaces import Choice, Log
 
 
 @register
@@ -28,6 +29,12 @@ class IA3(Method):
 
     name = "ia3"
     learning_rate = 1e-2
+    space = MappingProxyType(
+        {
+            "learning_rate": Log(1e-3, 5e-2),
+            "roles": Choice("key+value+ffn_hidden", "query+key+value+attention_output+ffn_hidden+ffn_output"),
+        }
+    )
     sides = ("input", "output")
     mergeable = True
     peft_type = "IA3"

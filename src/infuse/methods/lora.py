@@ -17,6 +17,7 @@ from infuse.lean import low_rank
 from infuse.method import Method, Params, register
 from infuse.ops import joined
 from infuse.sites import Site
+from infuse.spaces import Choice, Log
 
 
 @register
@@ -39,6 +40,15 @@ class LoRA(Method):
 
     name = "lora"
     learning_rate = 2e-3
+    space = MappingProxyType(
+        {
+            "learning_rate": Log(3e-4, 1e-2),
+            "rank": Choice(4, 8, 16, 32),
+            "alpha": Choice(8.0, 16.0, 32.0),
+            "dropout": Choice(0.0, 0.1),
+            "roles": Choice("query+value", "query+key+value+attention_output+ffn_up+ffn_output"),
+        }
+    )
     mergeable = True
     peft_type = "LORA"
     peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})

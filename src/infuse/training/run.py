@@ -84,8 +84,17 @@ class Run:
 Say = Callable[[str], None]
 
 
-def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+def train(
+    config: TrainConfig,
+    *,
+    say: Say = lambda _: None,
+    callbacks: Sequence[TrainerCallback] = (),
+    base: BaseModel | None = None,
+    splits: Splits | None = None,
+) -> Run:
     """Read, check, train, measure, and write the run folder.
+
+    A base and rows that are already loaded as ``config`` says can be handed over; the base keeps the adapter.
 
     The folder holds ``config.yaml`` (every setting, as resolved), ``adapter/``, ``metrics.json``, ``per_class.csv``,
     ``confusion.png``, ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
@@ -93,16 +102,18 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
     config.check()
     method = make(config.method)
     folder = _prepare(config)
-    splits, warnings = load_splits(
-        config.data,
-        validation=config.validation,
-        test=config.test,
-        text=config.text,
-        label=config.label,
-        multi=config.multi,
-        validation_fraction=config.validation_fraction,
-        seed=config.seed,
-    )
+    warnings: list[str] = []
+    if splits is None:
+        splits, warnings = load_splits(
+            config.data,
+            validation=config.validation,
+            test=config.test,
+            text=config.text,
+            label=config.label,
+            multi=config.multi,
+            validation_fraction=config.validation_fraction,
+            seed=config.seed,
+        )
     for warning in warnings:
         say(f"warning: {warning}")
     digest, known = _digest(splits), folder / CHECKPOINTS / _DIGEST
@@ -113,7 +124,7 @@ def train(config: TrainConfig, *, say: Say = lambda _: None, callbacks: Sequence
     labels = splits.train.label_set
     precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
     count = len(labels) if config.head == "hf" else None
-    base = load_base(config.base, labels=count, pooling=config.pooling, precision=precision)
+    base = base or load_base(config.base, labels=count, pooling=config.pooling, precision=precision)
     for site in select(find_sites(base.model), method.roles, config.layers):
         method.check(site)
     members = load_members(base.model, config.members)

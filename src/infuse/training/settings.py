@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from infuse.errors import InfuseError, listed
+from infuse.spaces import Choice, Log, Space
 
 
 @dataclass
@@ -57,12 +58,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`InfuseError` for a value that cannot work."""
-        hints = get_type_hints(type(self))
-        for field in fields(self):
-            hint, value = hints[field.name], getattr(self, field.name)
-            if not _fits(value, hint):
-                kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
-                raise InfuseError(f"{field.name} must be of the kind {kind}, not {value!r}.")
+        check_kinds(self)
         for name, low, high in (
             ("epochs", 1, 10_000),
             ("batch_size", 1, 100_000),
@@ -80,6 +76,30 @@ class Settings:
                 raise InfuseError(f"{name} must lie between {low} and {high:g}, not {value}.")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
             raise InfuseError(f"learning_rate must be positive and at most 10, not {self.learning_rate}.")
+
+
+SPACE: Space = MappingProxyType(
+    {
+        "epochs": Choice(2, 4, 8),
+        "batch_size": Choice(16, 32, 64),
+        "head_learning_rate": Log(3e-4, 3e-2),
+        "schedule": Choice("linear", "cosine", "constant"),
+        "label_smoothing": Choice(0.0, 0.05, 0.1),
+        "layers": Choice("all", "last:4", "last:2"),
+        "trunk_dropout": Choice(False, True),
+    }
+)
+"""Where `infuse tune` searches the settings that all methods have; a method's own are in its file."""
+
+
+def check_kinds(config: Any) -> None:
+    """Raise :class:`InfuseError` if a field of a dataclass of settings does not hold what its annotation says."""
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        hint, value = hints[field.name], getattr(config, field.name)
+        if not _fits(value, hint):
+            kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
+            raise InfuseError(f"{field.name} must be of the kind {kind}, not {value!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
