@@ -11,6 +11,7 @@ import yaml
 
 from infuse import console
 from infuse.bases import skeleton
+from infuse.comparing import CompareConfig, compare
 from infuse.data import read
 from infuse.errors import InfuseError, listed
 from infuse.export import merge_run
@@ -159,11 +160,17 @@ def _average(config: AverageConfig) -> None:
     console.out.print(f"average: {average_runs(config)}", soft_wrap=True)
 
 
+def _compare(config: CompareConfig) -> None:
+    compared = compare(config, say=console.say, callbacks=lambda: [console.ShowProgress()])
+    console.show_comparison(compared.report, compared.folder)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
     "tune": (TuneConfig, _tune),
     "fuse": (FuseConfig, _fuse),
     "average": (AverageConfig, _average),
+    "compare": (CompareConfig, _compare),
     "evaluate": (EvaluateConfig, _evaluate),
     "predict": (PredictConfig, _predict),
     "summary": (SummaryConfig, _summary),
@@ -193,7 +200,8 @@ def _parse(arguments: list[str]) -> Any:
     choices = []
     for name, (kind, _) in COMMANDS.items():
         described = {"name": name, "description": kind.__doc__}
-        if arguments[:1] == [name] and name in ("train", "tune", "fuse") and (path := _option(arguments, "--config")):
+        takes_yaml = "config" in kind.__dataclass_fields__
+        if arguments[:1] == [name] and takes_yaml and (path := _option(arguments, "--config")):
             described["default"] = _from_yaml(kind, Path(path))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
@@ -201,7 +209,7 @@ def _parse(arguments: list[str]) -> Any:
         union,
         prog="infuse",
         args=arguments,
-        description="Parameter-efficient fine-tuning of text classifiers: train, tune, measure, predict, merge.",
+        description="Parameter-efficient fine-tuning of text classifiers: train, tune, compare, predict, merge.",
     )
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from infuse.report import Report
 from infuse.sites import Site
 from infuse.training.run import Run
 from infuse.tuning.run import Standing, Tuned
 
+_COMPARED = ("method", "base", "accuracy %", "trained parameters", "peak MiB", "training s", "forgetting")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -61,7 +64,8 @@ class ShowProgress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.progress.stop()
+        if self.task is not None:
+            self.progress.stop()
 
 
 class ShowTuning:
@@ -144,6 +148,24 @@ def show_run(run: Run) -> None:
     out.print(
         f"run folder: {run.folder}  (adapter/, metrics.json, per_class.csv, confusion.png, curves.png)", soft_wrap=True
     )
+
+
+def say(line: str) -> None:
+    """A line about what goes on, beside the results."""
+    err.print(line, markup=False, soft_wrap=True)
+
+
+def show_comparison(report: Report, folder: Path) -> None:
+    """The first columns of a comparison's table, and where the whole report is."""
+    whole = report.tables[0]
+    shown = [i for i, column in enumerate(whole.columns) if column.title in _COMPARED]
+    table = Table(title=report.title, title_justify="left", caption=whole.caption, caption_justify="left")
+    for i in shown:
+        table.add_column(whole.columns[i].title, justify="right" if i else "left")
+    for row in whole.rows:
+        table.add_row(*(whole.columns[i].spell(row[i]) for i in shown))
+    out.print(table)
+    out.print(f"report: {folder / 'report.html'}  (also .csv, .json, .md, and a PNG per figure)", soft_wrap=True)
 
 
 def show_predictions(

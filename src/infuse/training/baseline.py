@@ -15,7 +15,15 @@ from infuse.training.metrics import overall
 def logistic_regression(
     base: BaseModel, train: Rows, evaluated: dict[str, Rows], max_length: int = 128
 ) -> dict[str, dict[str, float]]:
-    """Accuracy and macro-F1 of scikit-learn's logistic regression, at its defaults, on every set in ``evaluated``.
+    """Accuracy and macro-F1 of scikit-learn's logistic regression, at its defaults, on every set in ``evaluated``."""
+    given = logistic_predictions(base, train, evaluated, max_length)
+    return {name: overall(targets, predicted) for name, (targets, predicted) in given.items()}
+
+
+def logistic_predictions(
+    base: BaseModel, train: Rows, evaluated: dict[str, Rows], max_length: int = 128
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Targets and predictions of the regression on every set in ``evaluated``.
 
     The features are the pooled hidden states of the bare base; multi-label data gets one regression per label.
     """
@@ -32,5 +40,5 @@ def logistic_regression(
     results = {}
     for name, rows in evaluated.items():
         inputs, targets = prepared(rows)
-        results[name] = overall(targets, np.asarray(fitted.predict(inputs)))
+        results[name] = targets, np.asarray(fitted.predict(inputs))
     return results

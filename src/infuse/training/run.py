@@ -182,7 +182,7 @@ def train(
         "metrics": {name: metrics[name] for name in evaluated},
         "data": config.data,
     }
-    _write_model(base, method.unfreezes, folder)
+    write_model(base, method.unfreezes, folder)
     if members:
         write_attention(base, fitted.adapter, splits.validation, config.max_length, folder)
     _write_curves(folder, fitted.history)
@@ -298,7 +298,8 @@ def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int
     return decide(given, rows.multi), encoded.targets.numpy()
 
 
-def _write_model(base: BaseModel, whole: bool, folder: Path) -> None:
+def write_model(base: BaseModel, whole: bool, folder: Path) -> None:
+    """The adapter, in ``adapter/``; with ``whole``, under full fine-tuning, also the model, in ``model/``."""
     save(base.model, ADAPTER, folder / ADAPTER)
     if whole:
         model: Any = base.model

@@ -1,0 +1,50 @@
+"""Peak memory of training, in a process of its own: a specification as JSON on standard input, bytes on its output."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from infuse.bases import load_base
+from infuse.data import Rows
+from infuse.memory import Peak
+from infuse.method import make
+from infuse.model import detach
+from infuse.training import Settings, fit
+
+
+class _Begin(TrainerCallback):
+    """Lets the peak begin with the first step."""
+
+    def __init__(self, peak: Peak):
+        self.peak = peak
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step == 0:
+            self.peak.begin()
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    torch.set_num_threads(spec["threads"])
+    settings = Settings(**spec["settings"])
+    labels = [tuple(label) if isinstance(label, list) else label for label in spec["labels"]]
+    rows = Rows(tuple(spec["texts"]), tuple(labels))
+    precision = "fp32" if make(settings.method).unfreezes else settings.precision
+    base = load_base(spec["base"], pooling=spec["pooling"], precision=precision)
+    base.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    fit(base, rows, None, settings)  # a rehearsal: libraries load modules, and keep kernels for every shape of batch
+    detach(base.model)
+    peak = Peak()
+    with tempfile.TemporaryDirectory(prefix="infuse-") as folder:
+        fit(base, rows, None, settings, checkpoints=Path(folder), callbacks=[_Begin(peak)])
+    print(peak.bytes())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Memory of training: bytes that autograd saves for backward, and the peak of a process."""
+
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Storages = dict[int, torch.UntypedStorage]
+
+
+@contextmanager
+def saved_for_backward() -> Iterator[Storages]:
+    """Within the block, every storage that autograd saves between forward and backward is added to what is yielded.
+
+    Each storage counts once, however many tensors share it. Tensors that autograd functions written in Python keep as
+    attributes are added when backward begins; what gradient checkpointing recomputes within backward is not.
+    """
+    kept: Storages = {}
+    begun = False
+
+    def keep(tensor: Any) -> Any:
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    def pack(tensor: Tensor) -> Tensor:
+        return tensor if torch._C._current_graph_task_id() != -1 else keep(tensor)
+
+    def unpack(tensor: Tensor) -> Tensor:
+        nonlocal begun
+        if not begun:
+            begun = True
+            for each in _attributes():
+                keep(each)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield kept
+
+
+def bytes_saved(model: nn.Module, steps: Iterable[Callable[[], Any]]) -> list[int]:
+    """Bytes saved for backward in each of several steps (forward and backward), after a first one that is not counted.
+
+    The model's parameters and buffers, and whatever stays from one step to the next, are left out.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    counts, before = [], {}
+    for step in steps:
+        with saved_for_backward() as kept:
+            step()
+        counts.append(sum(s.nbytes() for place, s in kept.items() if place not in own and place not in before))
+        before = kept  # which also keeps these storages alive: no new one can take their place
+    return counts[1:]
+
+
+class Peak:
+    """How far a process grows over the size that it had when this was made (on a GPU: allocated memory there)."""
+
+    def __init__(self) -> None:
+        _rehearse()
+        _trim()
+        self.cuda = torch.cuda.is_available()
+        self.start = torch.cuda.memory_allocated() if self.cuda else _status("VmRSS")
+        self.whole = False
+
+    def begin(self) -> None:
+        """Let the peak begin now."""
+        _trim()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            self.whole = True  # the system refuses: the peak of the whole process is what there is
+
+    def bytes(self) -> int:
+        """The growth at its peak so far."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() - self.start
+        if self.whole:
+            unit = 1 if sys.platform == "darwin" else 1024
+            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.start
+        return _status("VmHWM") - self.start
+
+
+def _attributes() -> Iterator[Any]:
+    """Tensors that live autograd functions written in Python hold as attributes."""
+    for node in gc.get_objects():
+        if issubclass(type(node), torch.autograd.function.BackwardCFunction):
+            for value in vars(node).values():
+                yield from value if isinstance(value, list | tuple) else (value,)
+
+
+def _rehearse() -> None:
+    """Import what the first step of any optimizer imports, before memory is measured."""
+    weight = torch.zeros(4, 4, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    (weight @ weight).sum().backward()
+    nn.utils.clip_grad_norm_([weight], 1.0)
+    optimizer.step()
+
+
+def _trim() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _status(name: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():  # no Linux: the peak so far is the nearest thing to the present size
+        unit = 1 if sys.platform == "darwin" else 1024
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
