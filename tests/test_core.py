@@ -5,6 +5,7 @@ import re
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 
 import infuse
+import infuse.methods
 from infuse import IA3, InfuseError, LoRA, Method
 from infuse.model import store_of
 from infuse.sites import find_sites
@@ -397,3 +399,8 @@ def test_a_query_serves_its_token_and_a_key_the_others(kind):
         moved = (hidden() - bare).abs().amax(-1).gt(1e-6).nonzero().flatten().tolist()
         assert 1 in moved and max(moved) == last and (role != "query" or moved == [1]), (role, moved)
         infuse.detach(model)
+
+
+def test_a_method_is_a_file_of_at_most_150_lines():
+    for path in Path(infuse.methods.__file__).parent.glob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name

@@ -15,7 +15,7 @@ from infuse.errors import InfuseError
 from infuse.formats.options import LORA_VARIANTS, pattern_value, refuse_options
 from infuse.lean import low_rank
 from infuse.method import Method, Params, register
-from infuse.ops import joined
+from infuse.ops import joined, started
 from infuse.sites import Site
 from infuse.spaces import Choice, Log
 
@@ -40,15 +40,11 @@ class LoRA(Method):
 
     name = "lora"
     learning_rate = 2e-3
-    space = MappingProxyType(
-        {
-            "learning_rate": Log(3e-4, 1e-2),
-            "rank": Choice(4, 8, 16, 32),
-            "alpha": Choice(8.0, 16.0, 32.0),
-            "dropout": Choice(0.0, 0.1),
-            "roles": Choice("query+value", "query+key+value+attention_output+ffn_up+ffn_output"),
-        }
-    )
+    space = MappingProxyType({
+        "learning_rate": Log(3e-4, 1e-2), "rank": Choice(4, 8, 16, 32), "alpha": Choice(8.0, 16.0, 32.0),
+        "dropout": Choice(0.0, 0.1),
+        "roles": Choice("query+value", "query+key+value+attention_output+ffn_up+ffn_output"),
+    })  # fmt: skip
     mergeable = True
     peft_type = "LORA"
     peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})
@@ -66,9 +62,7 @@ class LoRA(Method):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        a = torch.empty(self.rank, site.in_features)
-        torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        params = {"A": a, "B": torch.zeros(site.width, self.rank)}
+        params = {"A": started(self.rank, site.in_features, None), "B": torch.zeros(site.width, self.rank)}
         if self.dora:
             params["m"] = site.weight.detach().float().norm(dim=1)
         return params
@@ -108,15 +102,11 @@ class LoRA(Method):
     def to_peft(self, made: Mapping[str, Method], sites: Mapping[str, list[Site]]) -> dict[str, Any]:
         others = {path: m for path, m in made.items() if isinstance(m, LoRA) and m != self}
         return {
-            "r": self.rank,
-            "lora_alpha": self.alpha,
+            "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "bias": "none",
+            "use_rslora": self.rslora, "use_dora": self.dora,
             "rank_pattern": {path: m.rank for path, m in others.items()},
             "alpha_pattern": {path: m.alpha for path, m in others.items()},
-            "lora_dropout": self.dropout,
-            "use_rslora": self.rslora,
-            "use_dora": self.dora,
-            "bias": "none",
-        }
+        }  # fmt: skip
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any], path: str) -> "LoRA":
