@@ -156,7 +156,8 @@ def test_predict_from_a_file_as_csv(run, toy, predictor, capsys):
     rows = list(csv.DictReader(io.StringIO(shown)))
     texts = read(toy).texts
     assert [row["text"] for row in rows] == list(texts)
-    assert list(rows[0]) == ["text", *(f"{what}_{i}" for i in range(1, 7) for what in ("label", "confidence"))]
+    assert list(rows[0]) == ["text", *(f"{what}_{i}" for i in range(1, 7) for what in ("label", "confidence")), "label"]
+    assert [row["label"] for row in rows] == [row["label_1"] for row in rows]
     given = predictor.probabilities(texts)
     assert [row["label_1"] for row in rows] == [predictor.labels[i] for i in given.argmax(1)]
     assert [float(row["confidence_6"]) for row in rows] == pytest.approx(given.min(1), abs=1e-4)

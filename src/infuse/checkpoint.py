@@ -178,6 +178,22 @@ def header(path: str | Path) -> dict[str, Any]:
     return _sound(lambda: _facts(metadata[HEADER]), Path(path) / WEIGHTS)
 
 
+def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any]) -> None:
+    """Replace facts about the head, and add to the info, in an Infuse file; its tensors stay bit for bit.
+
+    No model is needed, so that nothing in the file can depend on the base or the precision it was loaded with. Readers
+    see the old or the new file, whole.
+    """
+    folder = Path(path)
+    facts = header(folder)
+    if facts["head"] is None:
+        raise InfuseError(f"The adapter in {folder} has no classification head.")
+    facts["head"] |= head
+    facts["info"] |= info
+    tensors, metadata = read_tensors(folder / WEIGHTS)
+    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})})
+
+
 def _facts(text: str) -> dict[str, Any]:
     facts = dict(json.loads(text))
     facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}

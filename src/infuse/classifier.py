@@ -110,7 +110,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
         return self._predictor.probabilities(_checked(texts))[:, self._order]
 
     def predict(self, texts: Sequence[str]) -> Any:
-        """The most probable label of every text; in multi-label mode, a list of those at least half probable."""
+        """The most probable label of every text; in multi-label mode, a list of those at least half probable.
+
+        Always a label of ``classes_``, as scikit-learn wants it: a threshold of ``infuse calibrate`` plays no part.
+        """
         decided = decide(self.predict_proba(texts), self._predictor.multi)
         if self._predictor.multi:
             return [list(self.classes_[row.astype(bool)]) for row in decided]

@@ -11,6 +11,7 @@ import yaml
 
 from infuse import console
 from infuse.bases import skeleton
+from infuse.calibrating import CalibrateConfig, calibrate
 from infuse.comparing import CompareConfig, compare
 from infuse.data import read
 from infuse.errors import InfuseError, listed
@@ -102,6 +103,10 @@ def _train(config: TrainConfig) -> None:
     console.show_run(run)
 
 
+def _calibrate(config: CalibrateConfig) -> None:
+    console.show_calibration(calibrate(config), config.format)
+
+
 def _evaluate(config: EvaluateConfig) -> None:
     rows = read(config.data, text=config.text, label=config.label, split=config.split, multi=config.multi)
     measures, classes = evaluate(open_run(config.run, config.base), rows)
@@ -120,9 +125,8 @@ def _predict(config: PredictConfig) -> None:
         texts = tuple(line.strip() for line in sys.stdin if line.strip())
     if not texts:
         raise InfuseError("There is no text to label: give texts as arguments, by --data FILE, or on standard input.")
-    predictor = open_run(config.run, config.base)
-    given = predictor.probabilities(texts)
-    console.show_predictions(texts, given, predictor.labels, config.top_k, config.format)
+    answers = open_run(config.run, config.base).answers(texts, config.top_k)
+    console.show_predictions(texts, answers, config.format)
 
 
 def _summary(config: SummaryConfig) -> None:
@@ -172,6 +176,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "average": (AverageConfig, _average),
     "compare": (CompareConfig, _compare),
     "evaluate": (EvaluateConfig, _evaluate),
+    "calibrate": (CalibrateConfig, _calibrate),
     "predict": (PredictConfig, _predict),
     "summary": (SummaryConfig, _summary),
     "sites": (SitesConfig, _sites),
@@ -209,7 +214,8 @@ def _parse(arguments: list[str]) -> Any:
         union,
         prog="infuse",
         args=arguments,
-        description="Parameter-efficient fine-tuning of text classifiers: train, tune, compare, predict, merge.",
+        description="Parameter-efficient fine-tuning of text classifiers: "
+        "train, tune, compare, calibrate, predict, merge.",
     )
 
 

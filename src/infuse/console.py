@@ -5,16 +5,18 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from infuse.calibrating import Calibration
+from infuse.heads import Answer
 from infuse.report import Report
 from infuse.sites import Site
 from infuse.training.run import Run
@@ -168,36 +170,37 @@ def show_comparison(report: Report, folder: Path) -> None:
     out.print(f"report: {folder / 'report.html'}  (also .csv, .json, .md, and a PNG per figure)", soft_wrap=True)
 
 
-def show_predictions(
-    texts: Sequence[str], probabilities: np.ndarray, labels: Sequence[str], top_k: int, form: str
-) -> None:
-    """The ``top_k`` labels of every text with their confidence, as a table, JSON lines, or CSV."""
-    ranked = [np.argsort(-row, kind="stable")[:top_k] for row in probabilities]
+def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str) -> None:
+    """The answer to every text and the most probable labels with their confidence: a table, JSON lines, or CSV.
+
+    The answer to a text out of scope is ``null`` in JSON, empty in CSV; several labels are a list, or joined by ``|``.
+    """
     if form == "json":
-        for text, order, row in zip(texts, ranked, probabilities, strict=True):
-            answers = [{"label": labels[i], "confidence": round(float(row[i]), 6)} for i in order]
-            sys.stdout.write(json.dumps({"text": text, "predictions": answers}, ensure_ascii=False) + "\n")
+        for text, given in zip(texts, answers, strict=True):
+            several = {} if given.labels is None else {"labels": given.labels}
+            top = [{"label": label, "confidence": round(p, 6)} for label, p in given.top]
+            whole = {"text": text, "label": given.label, **several, "confidence": round(given.confidence, 6)}
+            sys.stdout.write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
     elif form == "csv":
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        count = len(ranked[0]) if ranked else 0
-        writer.writerow(["text", *(f"{what}_{i + 1}" for i in range(count) for what in ("label", "confidence"))])
-        for text, order, row in zip(texts, ranked, probabilities, strict=True):
-            writer.writerow([text, *(v for i in order for v in (labels[i], f"{row[i]:.6f}"))])
+        count = len(answers[0].top) if answers else 0
+        ranks = (f"{what}_{i + 1}" for i in range(count) for what in ("label", "confidence"))
+        writer.writerow(["text", *ranks, "label"])
+        for text, given in zip(texts, answers, strict=True):
+            ranked = (cell for label, p in given.top for cell in (label, f"{p:.6f}"))
+            writer.writerow([text, *ranked, given.label or "|".join(given.labels or ())])
         sys.stdout.write(buffer.getvalue())
     else:
         table = Table()
         table.add_column("text", overflow="fold")
         table.add_column("label", overflow="fold")
         table.add_column("confidence", justify="right")
-        for text, order, row in zip(texts, ranked, probabilities, strict=True):
-            for rank, i in enumerate(order):
-                table.add_row(
-                    text if rank == 0 else "",
-                    str(labels[i]),
-                    f"{100 * row[i]:.1f} %",
-                    end_section=rank == len(order) - 1,
-                )
+        for text, given in zip(texts, answers, strict=True):
+            top = [(label, f"{100 * p:.1f} %") for label, p in given.top]
+            rows = [("(out of scope)", ""), *top] if given.refused else top
+            for rank, row in enumerate(rows):
+                table.add_row(text if rank == 0 else "", *row, end_section=rank == len(rows) - 1)
         out.print(table)
 
 
@@ -215,6 +218,30 @@ def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], ro
         numbers = (f"{100 * row[k]:.1f}" for k in ("precision", "recall", "f1"))
         table.add_row(row["label"], *numbers, f"{row['rows']:.0f}")
     out.print(table)
+
+
+def show_calibration(found: Calibration, form: str) -> None:
+    """Confidences before and after, and what the threshold does."""
+    if form == "json":
+        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+        return
+    table = Table(
+        title=f"{found.rows:,} rows, accuracy {100 * found.accuracy:.2f}", title_justify="left",
+        caption="measured on the rows that it was fitted to", caption_justify="left",
+    )  # fmt: skip
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("temperature", "1", f"{found.temperature:.3f}")
+    table.add_row("negative log-likelihood", *(f"{value:.4f}" for value in found.nll))
+    table.add_row("expected calibration error %", *(f"{100 * value:.2f}" for value in found.ece), end_section=True)
+    if found.kept is not None:
+        table.add_row("threshold", "0", f"{found.threshold:.4f}")
+        table.add_row("rows kept %", "100", f"{100 * found.kept:.1f}")
+    if found.refused is not None:
+        table.add_row(f"refused of {found.out_of_scope_rows:,} out of scope %", "0", f"{100 * found.refused:.1f}")
+    out.print(table)
+    for note in found.notes:
+        out.print(note, soft_wrap=True, markup=False)
 
 
 def show_sites(base: str, sites: Sequence[Site]) -> None:

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -42,6 +44,9 @@ POOLINGS: dict[str, Callable[[Hidden, Mask], Pooled]] = {"mean": _mean, "cls": _
 HEADS = ("cosine", "linear", "hf")
 """``cosine``: scaled cosine to a learned vector per label; ``linear``: an affine map; ``hf``: the model's own head."""
 
+TEMPERATURES = (1e-3, 1e3)
+"""The range of a head's temperature; beyond it, exponentials of logits over- and underflow."""
+
 
 def pool(hidden: Hidden, mask: Mask, how: str) -> Pooled:
     """One vector per text, in float32."""
@@ -63,17 +68,29 @@ class Head(nn.Module):
         width: number of features of a pooled text (not needed for ``hf``).
         pooling: one of :data:`POOLINGS`.
         multi: whether a text may carry several labels (sigmoid instead of softmax).
+        temperature: what logits are divided by on their way to probabilities (see :meth:`probabilities`).
+        threshold: a text whose highest probability is below it is out of scope (see :func:`answer`); 0: none is.
     """
 
     SCALE = 20.0
 
-    def __init__(self, kind: str, labels: Sequence[str], width: int = 0, pooling: str = "mean", multi: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        labels: Sequence[str],
+        width: int = 0,
+        pooling: str = "mean",
+        multi: bool = False,
+        temperature: float = 1.0,
+        threshold: float = 0.0,
+    ):
         super().__init__()
         if kind not in HEADS:
             raise InfuseError(f"Unknown head {kind!r}; choose from {listed(HEADS)}.")
         if pooling not in POOLINGS:
             raise InfuseError(f"Unknown pooling {pooling!r}; choose from {listed(POOLINGS)}.")
         self.kind, self.labels, self.width, self.pooling, self.multi = kind, tuple(labels), width, pooling, multi
+        self.calibrate(temperature, threshold)
         if kind == "linear":
             self.weight = nn.Parameter(torch.zeros(len(labels), width))
             self.bias = nn.Parameter(torch.zeros(len(labels)))
@@ -83,6 +100,15 @@ class Head(nn.Module):
             if multi:
                 # Cosines to several labels are large at once: a learned threshold per label decides each.
                 self.bias = nn.Parameter(torch.full((len(labels),), -0.5 * self.SCALE))
+
+    def calibrate(self, temperature: float, threshold: float) -> None:
+        """Set both, or raise :class:`InfuseError` for values that no calibration gives (they may come from a file)."""
+        low, high = TEMPERATURES
+        if not _is_number(temperature) or not low <= temperature <= high:
+            raise InfuseError(f"A head's temperature must lie between {low:g} and {high:g}, not {temperature!r}.")
+        if not _is_number(threshold) or not 0 <= threshold < 1:
+            raise InfuseError(f"A head's threshold must be at least 0 and below 1, not {threshold!r}.")
+        self.temperature, self.threshold = float(temperature), float(threshold)
 
     def forward(self, x: Pooled) -> Float[Tensor, "rows labels"]:
         if self.kind == "linear":
@@ -113,8 +139,14 @@ class Head(nn.Module):
         return F.binary_cross_entropy_with_logits(logits.float(), smooth, pos_weight=weights)
 
     def probabilities(self, logits: Float[Tensor, "rows labels"]) -> Float[Tensor, "rows labels"]:
-        """In float64 on the CPU, where those of a text sum to one as closely as scikit-learn wants them to."""
-        logits = logits.cpu().double()
+        """``softmax(z/T)``, or ``sigmoid(z/T)`` for multi-label heads: logits z over the head's temperature T.
+
+        T changes how sure an answer is, never which label is on top. Guo et al. 2017, "On calibration of modern
+        neural networks", arXiv:1706.04599.
+
+        In float64 on the CPU, where those of a text sum to one as closely as scikit-learn wants them to.
+        """
+        logits = logits.cpu().double() / self.temperature
         return logits.sigmoid() if self.multi else logits.softmax(-1)
 
     def settings(self) -> dict[str, Any]:
@@ -125,6 +157,8 @@ class Head(nn.Module):
             "width": self.width,
             "pooling": self.pooling,
             "multi": self.multi,
+            "temperature": self.temperature,
+            "threshold": self.threshold,
         }
 
     @classmethod
@@ -139,6 +173,44 @@ class Head(nn.Module):
             raise InfuseError("The head's tensors in the file do not fit its description; save the adapter again.")
         head.load_state_dict({n: v.detach().float().clone() for n, v in tensors.items()}, assign=True)
         return head
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a head says about one text."""
+
+    label: str | None
+    """The most probable label; ``None`` if the text is out of scope, and always in multi-label mode."""
+    labels: list[str] | None
+    """In multi-label mode those at least half probable, else ``None``."""
+    confidence: float
+    """The probability of the most probable label, whether it is given or not."""
+    top: list[tuple[str, float]]
+    """The most probable labels with their probabilities, best first."""
+
+    @property
+    def refused(self) -> bool:
+        """Whether the text is out of scope."""
+        return self.label is None and self.labels is None
+
+
+def answer(head: Head, probabilities: Float[np.ndarray, " labels"], top_k: int = 3) -> Answer:
+    """Decide an answer: the one place where a head's threshold counts.
+
+    A text is out of scope where ``max p < threshold``: the maximum softmax probability of Hendrycks & Gimpel 2017, "A
+    baseline for detecting misclassified and out-of-distribution examples", arXiv:1610.02136. Multi-label heads need no
+    such rule: they can answer with no label at all.
+    """
+    order = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
+    top = [(head.labels[i], float(probabilities[i])) for i in order]
+    label, confidence = top[0]
+    if head.multi:
+        return Answer(None, [head.labels[i] for i in np.flatnonzero(probabilities >= 0.5)], confidence, top)
+    return Answer(None if confidence < head.threshold else label, None, confidence, top)
 
 
 def head_of(model: nn.Module, name: str) -> Head:

@@ -80,11 +80,16 @@ def trunk(model: nn.Module) -> Any:
     return base.get_encoder() if model_type(base) in ("t5", "mt5") and hasattr(base, "decoder") else base
 
 
-@torch.inference_mode()
 def probabilities(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -> np.ndarray:
     """Probability of each of the adapter's labels for every text, (texts, labels)."""
+    return head_of(model, adapter).probabilities(logits(model, tokens, pad_id, adapter)).numpy()
+
+
+@torch.inference_mode()
+def logits(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -> Float[Tensor, "texts labels"]:
+    """Logits of the adapter's labels for every text, in float32 on the CPU."""
     head = head_of(model, adapter)
-    result = np.zeros((len(tokens), len(head.labels)))
+    result = torch.zeros(len(tokens), len(head.labels))
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -92,6 +97,6 @@ def probabilities(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -
         batch = pad([tokens[i] for i in index], pad_id, device)
         with route(model, adapter):
             out = model(**batch)
-        result[index] = head.probabilities(apply(head, out, batch["attention_mask"])).numpy()
+        result[index] = apply(head, out, batch["attention_mask"]).float().cpu()
     model.train(training)
     return result

@@ -70,11 +70,13 @@ def average_runs(config: AverageConfig) -> Path:
     names = load_members(model, config.runs)
     soup = average(model, names, ADAPTER + "-average", list(config.weights) or None)
     heads = [store_of(model)[name].head for name in names]
-    first = heads[0]
-    if isinstance(first, Head) and all(isinstance(h, Head) and h.settings() == first.settings() for h in heads):
+    # Confidences are calibrated per adapter: what fits each run does not fit their average, which starts anew.
+    fresh = [h.settings() | {"temperature": 1.0, "threshold": 0.0} for h in heads if isinstance(h, Head)]
+    if len(fresh) == len(heads) and all(each == fresh[0] for each in fresh):
         share = [w / sum(config.weights) for w in config.weights] or [1 / len(names)] * len(names)
         states = [head.state_dict() for head in heads if head is not None]
         mean = {n: sum((w * s[n] for w, s in zip(share, states, strict=True)), torch.zeros(())) for n in states[0]}
-        soup.head = Head.restore(first.settings(), mean)
-    soup.info = store_of(model)[names[0]].info | {"average": [str(run) for run in config.runs]}
+        soup.head = Head.restore(fresh[0], mean)
+    info = {k: v for k, v in store_of(model)[names[0]].info.items() if k != "calibration"}
+    soup.info = info | {"average": [str(run) for run in config.runs]}
     return save(model, soup.name, config.out)

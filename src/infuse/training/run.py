@@ -18,12 +18,14 @@ from infuse.checkpoint import header, load, save
 from infuse.data import Rows, Splits, load_splits
 from infuse.data.check import check_rows
 from infuse.errors import InfuseError
+from infuse.heads import Answer, Head, answer, head_of
 from infuse.method import Mixer, make
 from infuse.model import summary
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.texts import probabilities, tokenize
 from infuse.training.baseline import logistic_regression
+from infuse.training.engine import Encoded
 from infuse.training.fit import encode, fit
 from infuse.training.members import ADAPTER, CHECKPOINTS, adapter_folder, load_members, write_attention, write_csv
 from infuse.training.metrics import confusion, decide, overall, per_class
@@ -207,6 +209,23 @@ class Predictor:
         tokens = tokenize(self.base.tokenizer, texts, self.max_length)
         return probabilities(self.base.model, tokens, self.base.pad_id, self.adapter)
 
+    @property
+    def head(self) -> Head:
+        return head_of(self.base.model, self.adapter)
+
+    def answers(self, texts: Sequence[str], top_k: int = 3) -> list[Answer]:
+        """An answer per text; its label is ``None`` where the text is out of scope."""
+        head = self.head
+        return [answer(head, row, top_k) for row in self.probabilities(texts)]
+
+    def encoded(self, rows: Rows) -> Encoded:
+        """Labelled rows as tokens and targets; an error for rows that the adapter can't be measured on."""
+        check_rows(rows, "the data")
+        if rows.multi != self.multi:
+            have, mend = ("several labels", "pass") if self.multi else ("one label", "leave out")
+            raise InfuseError(f"The run gives each text {have}, unlike the data: {mend} --multi, or use other data.")
+        return encode(self.base, rows, self.labels, self.max_length)
+
 
 def open_run(path: str | Path, base: str | None = None, precision: str | None = None) -> Predictor:
     """The adapter of a run folder (or an adapter's own folder), loaded onto its base.
@@ -237,13 +256,20 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
 
 def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Overall measures and measures per class of a predictor on labelled rows."""
-    check_rows(rows, "the data")
-    if rows.multi != predictor.multi:
-        have, mend = ("several labels", "pass") if predictor.multi else ("one label", "leave out")
-        raise InfuseError(f"The run gives each text {have}, unlike the data: {mend} --multi, or use other data.")
-    targets = encode(predictor.base, rows, predictor.labels, predictor.max_length).targets.numpy()
+    targets = predictor.encoded(rows).targets.numpy()
     predicted = decide(predictor.probabilities(rows.texts), predictor.multi)
     return overall(targets, predicted), per_class(targets, predicted, predictor.labels)
+
+
+def settings_of(run: str | Path) -> dict[str, Any]:
+    """What ``config.yaml`` in a run folder says; empty for an adapter's own folder."""
+    path = Path(run) / _CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        raise InfuseError(f"{path} is no longer what infuse train wrote; give --data.") from None
 
 
 def as_yaml(config: Any) -> str:
