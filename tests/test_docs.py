@@ -5,7 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -35,11 +38,40 @@ def test_snippet(code, tmp_path):
 
 @pytest.mark.parametrize("session", blocks("console"))
 def test_commands(session, tmp_path):
-    for line in session.splitlines():
-        assert line.startswith("$ infuse "), f"a console block holds commands of infuse: {line!r}"
-        words = shlex.split(line.removeprefix("$ infuse "))
-        out = run([sys.executable, "-c", "from infuse.cli import main; main()", *words], tmp_path)
-        assert out.strip()
+    with ExitStack() as servers:
+        for line in session.splitlines():
+            assert line.startswith("$ infuse "), f"a console block holds commands of infuse: {line!r}"
+            *words, last = shlex.split(line.removeprefix("$ infuse "))
+            command = [sys.executable, "-c", "from infuse.cli import main; main()", *words]
+            if last == "&":
+                servers.enter_context(serving(command, tmp_path))
+            else:
+                assert run([*command, last], tmp_path).strip()
+
+
+@contextmanager
+def serving(command, folder):
+    """A server that is ready, until the end of the block."""
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            said = server.stderr.readline()
+            url = re.search(r"http://\S+", said)
+            assert url, said + server.stderr.read()
+            wait_for(url[0] + "/readyz")
+            yield
+        finally:
+            server.terminate()
+
+
+def wait_for(url, seconds=60):
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return urlopen(url, timeout=5)
+        except OSError:
+            assert time.monotonic() < deadline, f"{url} does not answer"
+            time.sleep(0.1)
 
 
 def test_make_targets_exist():

@@ -90,6 +90,11 @@ class Adapter(nn.Module):
             raise KeyError(site.name)
         return {**dict(self.shared.items()), **delta.params}
 
+    @property
+    def places(self) -> set[Any]:
+        """Where this adapter acts, and how: hooks there are needed as long as any adapter has the place."""
+        return {*self.kinds.items(), *self.copies}
+
     def version(self) -> int:
         """A number that grows when a parameter of the deltas was written to or replaced since the last call."""
         if self._seen[0] != Delta.registered:

@@ -21,7 +21,17 @@ from infuse.adapter import Adapter, Delta, copies, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
 from infuse.formats import adapterhub, peft
-from infuse.formats.bundle import CONFIG, WEIGHTS, Bundle, fitted, read_json, read_tensors, write_folder
+from infuse.formats.bundle import (
+    CONFIG,
+    WEIGHTS,
+    Bundle,
+    fitted,
+    parse_metadata,
+    parse_tensors,
+    read_json,
+    read_tensors,
+    write_folder,
+)  # fmt: skip
 from infuse.heads import Head
 from infuse.method import make, settings
 from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, detach, owner_of, store_of
@@ -128,16 +138,30 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
     if not weights.exists() and (folder / "adapter_model.bin").exists():
         weights = folder / "adapter_model.bin"
     tensors, metadata = read_tensors(weights)
-    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
     if HEADER in metadata:
-        facts = _sound(lambda: _facts(metadata[HEADER]), weights)
-        if not any_base:
-            _check_base(model, facts["base"], arch)
-        return _sound(lambda: _read_native(model, sites, tensors, facts), weights)
+        return _matched(model, tensors, metadata, weights, arch, any_base)
+    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
     config = read_json(folder / CONFIG)
     if "peft_type" not in config:
         raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
     return _sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
+
+
+def read_content(model: nn.Module, content: bytes, where: Path) -> Bundle:
+    """What the content of an Infuse file holds, matched to a model's sites; ``where`` names it in errors."""
+    facts_of(content, where)
+    return _matched(model, *parse_tensors(content, where), where)
+
+
+def _matched(
+    model: nn.Module, tensors: dict[str, Tensor], metadata: Mapping[str, str], where: Path,
+    arch: Arch | None = None, any_base: bool = False,
+) -> Bundle:  # fmt: skip
+    facts = _sound(lambda: _facts(metadata[HEADER]), where)
+    if not any_base:
+        _check_base(model, facts["base"], arch)
+    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
+    return _sound(lambda: _read_native(model, sites, tensors, facts), where)
 
 
 def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, arch: Arch | None = None) -> Adapter:
@@ -170,12 +194,19 @@ def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, 
 
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
-    _, metadata = read_tensors(Path(path) / WEIGHTS)
+    weights = Path(path) / WEIGHTS
+    return _header(read_tensors(weights)[1], weights)
+
+
+def facts_of(content: bytes, where: Path) -> dict[str, Any]:
+    """:func:`header` of a file's content, without a look at its tensors."""
+    return _header(parse_metadata(content, where), where)
+
+
+def _header(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
     if HEADER not in metadata:
-        raise InfuseError(
-            f"{Path(path) / WEIGHTS} was not written by Infuse; load it onto a model to see what it holds."
-        )
-    return _sound(lambda: _facts(metadata[HEADER]), Path(path) / WEIGHTS)
+        raise InfuseError(f"{where} was not written by Infuse; load it onto a model to see what it holds.")
+    return _sound(lambda: _facts(metadata[HEADER]), where)
 
 
 def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from infuse.errors import InfuseError, listed
 from infuse.export import merge_run
 from infuse.method import make, registry, spelled
 from infuse.model import attach, detach, summary
+from infuse.serving import ServeConfig, serve
 from infuse.sites import find_sites
 from infuse.training.fusing import AverageConfig, FuseConfig, average_runs, fuse_runs
 from infuse.training.run import TrainConfig, evaluate, open_run, train
@@ -169,6 +170,10 @@ def _compare(config: CompareConfig) -> None:
     console.show_comparison(compared.report, compared.folder)
 
 
+def _serve(config: ServeConfig) -> None:
+    serve(config, say=lambda line: console.err.print(line, markup=False, soft_wrap=True))
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
     "tune": (TuneConfig, _tune),
@@ -181,6 +186,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "summary": (SummaryConfig, _summary),
     "sites": (SitesConfig, _sites),
     "merge": (MergeConfig, _merge),
+    "serve": (ServeConfig, _serve),
 }
 
 

@@ -1,7 +1,7 @@
 """Pooling and classifier heads: from hidden states to the logits of one adapter's labels."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,15 +230,29 @@ def apply(head: Head, out: Mapping[str, Tensor], mask: Mask) -> Float[Tensor, "r
     return head(pool(out["last_hidden_state"], mask, head.pooling))
 
 
-def classify(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[Float[Tensor, " labels"]]:
-    """Logits of every row of a mixed batch under the adapter that ``names`` gives it, each over its own labels."""
+def grouped(
+    model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]
+) -> Iterator[tuple[Head, list[int], Float[Tensor, "own labels"]]]:
+    """Per adapter of a mixed batch: its head, its rows, and their logits over its own labels."""
     with routed(model, names):
         out = model(**batch)
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    heads = {name: head_of(model, name) for name in rows}
+    mask = batch["attention_mask"]
+    pooled = {
+        how: pool(out["last_hidden_state"], mask, how) for how in {h.pooling for h in heads.values() if h.kind != "hf"}
+    }
+    for name, own in rows.items():
+        head, at = heads[name], slice(None) if len(rows) == 1 else torch.tensor(own, device=mask.device)
+        yield head, own, head(pooled[head.pooling][at]) if head.kind != "hf" else out["logits"][at]
+
+
+def classify(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[Float[Tensor, " labels"]]:
+    """Logits of every row of a mixed batch under the adapter that ``names`` gives it, each over its own labels."""
     logits: list[Any] = [None] * len(names)
-    for name in dict.fromkeys(names):
-        rows = [i for i, n in enumerate(names) if n == name]
-        at = torch.tensor(rows, device=batch["attention_mask"].device)
-        own = {k: out[k][at] for k in ("logits", "last_hidden_state") if k in out and out[k] is not None}
-        for row, value in zip(rows, apply(head_of(model, name), own, batch["attention_mask"][at]), strict=True):
+    for _, rows, values in grouped(model, batch, names):
+        for row, value in zip(rows, values, strict=True):
             logits[row] = value
     return logits

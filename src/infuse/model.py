@@ -273,12 +273,14 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             raise InfuseError(f"Adapter {each.name!r} mixes {listed(sorted(used))}; detach it first.")
     if store.merged in names:
         unmerge(model)
+    acted = {place for each in names for place in store[each].places}
     for each in names:
         store.banks.forget(store[each])
         del store.adapters[each]
         if store.active == each:
             store.active = None
-    store.retap(model)
+    if acted.difference(*(each.places for each in store.adapters.values())):  # type: ignore[arg-type]  # of adapters
+        store.retap(model)
     if not store.adapters:
         for handle in store.ends:
             handle.remove()

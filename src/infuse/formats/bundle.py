@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
 from infuse.errors import InfuseError, listed
@@ -56,25 +57,46 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise InfuseError(f"There is no file {path.name} in {path.parent}.")
+    if path.suffix == ".safetensors":
+        return parse_tensors(path.read_bytes(), path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(str(path), "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-                metadata = file.metadata() or {}
-        else:
-            tensors, metadata = torch.load(path, map_location="cpu", weights_only=True), {}
-    except SafetensorError as error:
-        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load reports hostile and broken files through many types; its message may run to paragraphs.
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise InfuseError(f"{path} can't be read as plain tensors ({reason}); Infuse never unpickles a file.") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InfuseError(f"{path} holds something other than named tensors.")
+    return _finite(dict(tensors), path), {}
+
+
+def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of the content of a ``.safetensors`` file; the tensors are copies.
+
+    (Tensors that are read through a memory map would end the process if the file were cut short later on.)
+    """
+    try:
+        tensors = from_safetensors(content)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
+    return _finite(tensors, path), parse_metadata(content, path)
+
+
+def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
+    """The header metadata of the content of a ``.safetensors`` file: eight bytes of length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    try:
+        head = json.loads(content[8 : 8 + length].decode())
+        return {str(k): str(v) for k, v in head.get("__metadata__", {}).items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
+
+
+def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     if broken:
         raise InfuseError(f"{path} holds NaN or infinite values in {listed(broken, 3)}; train the adapter again.")
-    return dict(tensors), metadata
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:

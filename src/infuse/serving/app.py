@@ -1,0 +1,241 @@
+"""The HTTP face of an engine."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+import infuse
+from infuse.heads import answer
+from infuse.serving import schema
+from infuse.serving.engine import Engine, Labelled
+from infuse.serving.files import Facts, valid
+from infuse.serving.guard import Guard
+from infuse.serving.refusals import RefusedError, stopping
+from infuse.serving.settings import TOKEN, ServeConfig
+from infuse.serving.store import Entry
+
+log = logging.getLogger("infuse.serving")
+_PAGE = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+_REFUSED: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Error, "description": why}
+    for status, why in {
+        400: "Malformed JSON.", 404: "Unknown adapter.", 408: "The body came too slowly.",
+        409: "The adapter's file is broken, or for another base.", 413: "The body is too large.", 415: "No JSON.",
+        422: "Wrong types, or beyond a limit.", 429: "Too many texts wait; see Retry-After.",
+        503: "The server is stopping; see Retry-After.", 504: "The deadline has passed.",
+    }.items()
+}  # fmt: skip
+_ADMIN: dict[int | str, dict[str, Any]] = {
+    401: {"model": schema.Error, "description": "No token, or a wrong one."},
+    403: {"model": schema.Error, "description": f"The server was started without {TOKEN}."},
+    507: {"model": schema.Error, "description": "The file can't be written."},
+    **{status: _REFUSED[status] for status in (404, 408, 409, 413, 422, 503)},
+}
+Body = schema.Item | Annotated[list[schema.Item], Field(min_length=1, max_length=1000)]
+_bearer = HTTPBearer(auto_error=False, description=f"The token that the server was given in {TOKEN}.")
+
+
+def create_app(engine: Engine, token: str | None = None) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        engine: what answers.
+        token: what loading and unloading adapters asks for; without one, both are off.
+    """
+    config = engine.config
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await engine.store.refresh()
+        watching = asyncio.create_task(engine.watch()) if config.watch else None
+        yield
+        if watching is not None:
+            watching.cancel()
+        if not await asyncio.to_thread(engine.batcher.drain, config.drain):
+            log.error("not all that waited was answered within %g s", config.drain)
+
+    def admin(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
+        if token is None:
+            raise RefusedError(403, f"Loading and unloading are off; start the server with a token in {TOKEN}.")
+        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+            raise RefusedError(401, "This needs the admin's token, as Authorization: Bearer TOKEN.")
+
+    app = FastAPI(
+        title="Infuse", version=infuse.__version__, lifespan=lifespan,
+        description="Labels texts by adapters of every method over one frozen base, in mixed batches.",
+    )  # fmt: skip
+    app.add_middleware(Guard, config=config, metrics=engine.metrics)
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _failed)
+
+    @app.post("/v1/classify", response_model=schema.Answered | list[schema.Answered], responses=_REFUSED)
+    async def classify(request: Request, body: Body) -> Response:
+        """Label texts: one item, or a list of items for different adapters, answered in one batch."""
+        items = body if isinstance(body, list) else [body]
+        _check(items, config)
+        answered = await _unless_gone(request, engine.classify([(i.adapter, i.texts) for i in items]))
+        told = [_told(each, item.top_k) for each, item in zip(answered, items, strict=True)]
+        if config.log_texts:
+            log.info("%s", [(i.adapter, i.texts, t["answers"]) for i, t in zip(items, told, strict=True)])
+        return JSONResponse(told if isinstance(body, list) else told[0])
+
+    @app.get("/v1/adapters", response_model=schema.Adapters)
+    async def adapters() -> Response:
+        """Every adapter of the folder: labels, method, base, metrics, size, and what is wrong with it, if anything."""
+        listed = [_listed(entry) for _, entry in sorted(engine.store.entries.items())]
+        return JSONResponse({"base": engine.base.name, "precision": engine.precision, "adapters": listed})
+
+    @app.get("/v1/adapters/{name}", response_model=schema.Adapter, responses={404: _REFUSED[404]})
+    async def adapter(name: str) -> Response:
+        """One adapter."""
+        return JSONResponse(_listed(engine.store.known(name)))
+
+    @app.post(
+        "/v1/adapters/{name}", response_model=schema.Adapter, responses=_ADMIN, dependencies=[Depends(admin)],
+        openapi_extra={"requestBody": {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}},
+    )  # fmt: skip
+    async def load(name: str, request: Request) -> Response:
+        """Load or reload an adapter from the folder; with a body, an adapter_model.safetensors, install that first."""
+        if not valid(name):
+            raise RefusedError(
+                422, f"{name[:100]!r} can't name an adapter: use letters, digits, spaces and _ - + , . in it."
+            )
+        content = await request.body()
+        entry = await (engine.store.install(name, content) if content else engine.store.load(name))
+        return JSONResponse(_listed(entry))
+
+    @app.delete("/v1/adapters/{name}", response_model=schema.Adapter, responses=_ADMIN, dependencies=[Depends(admin)])
+    async def unload(name: str) -> Response:
+        """Unload an adapter and stop serving it until the next POST; its files stay."""
+        return JSONResponse(_listed(engine.store.withdraw(name)))
+
+    @app.get("/healthz", response_model=schema.Status)
+    async def healthz() -> Response:
+        """Whether the process is alive."""
+        return JSONResponse({"status": "alive"})
+
+    @app.get("/readyz", response_model=schema.Status, responses={503: _REFUSED[503]})
+    async def readyz() -> Response:
+        """Whether requests are answered."""
+        if engine.batcher.stopping or not engine.batcher.thread.is_alive():
+            raise stopping()
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(engine.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+
+    return app
+
+
+async def _unless_gone(request: Request, work: Awaitable[list[Labelled]]) -> list[Labelled]:
+    """What ``work`` gives; if the client goes away first, the work is dropped."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(499, "The client has gone.")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+def _check(items: list[schema.Item], config: ServeConfig) -> None:
+    count = sum(len(item.texts) for item in items)
+    if count > config.max_texts:
+        raise RefusedError(422, f"A request may hold {config.max_texts} texts, not {count}; send several.")
+    for text in (text for item in items for text in item.texts):
+        if len(text) > config.max_characters:
+            raise RefusedError(
+                422, f"A text may hold {config.max_characters:,} characters, not {len(text):,}; shorten it."
+            )
+        if not text.strip():
+            raise RefusedError(422, "A text is blank: fill or leave it out.")
+
+
+def _told(labelled: Labelled, top_k: int) -> dict[str, Any]:
+    served = labelled.served
+    answers = []
+    for row in labelled.probabilities:
+        found = answer(served.head, row, top_k)
+        top = [{"label": label, "confidence": confidence} for label, confidence in found.top]
+        answers.append({"label": found.label, "labels": found.labels, "confidence": found.confidence, "top": top})
+    return {"adapter": served.name, "version": served.facts.version, "answers": answers}
+
+
+def _listed(entry: Entry) -> dict[str, Any]:
+    facts: Facts | None = entry.served.facts if entry.served else entry.facts
+    empty = {"version": None, "method": None, "base": None, "labels": [], "multi": False, "metrics": {}, "bytes": 0,
+             "temperature": 1.0, "threshold": 0.0}  # fmt: skip
+    told = {name: getattr(facts, name) for name in empty} if facts else empty
+    return {"name": entry.name, "status": entry.status, **told, "labels": list(told["labels"]), "error": entry.error}
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    headers = {"Retry-After": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": str(error)}, error.status, headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """What is wrong and where, without the text that was sent."""
+    assert isinstance(error, RequestValidationError)
+    malformed = [each for each in error.errors() if each["type"] == "json_invalid"]
+    if malformed:
+        return JSONResponse({"error": f"The body is no valid JSON: {malformed[0]['ctx']['error']}."}, 400)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    return JSONResponse({"error": f"{where.encode('ascii', 'replace').decode() or 'The body'}: {first['msg']}."}, 422)
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return JSONResponse({"error": "The server failed on this request; its log says why."}, 500)
+
+
+def _hashes(tag: str) -> str:
+    """Sources of a content security policy: the page's own inline elements and no others."""
+    inline = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", _PAGE, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in inline]
+    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}

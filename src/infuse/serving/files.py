@@ -1,0 +1,169 @@
+"""Adapter files as a server reads them: whole, by content, so that a version names exactly what answers."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from infuse.adapter import Adapter
+from infuse.checkpoint import attach_bundle, facts_of, read_content
+from infuse.errors import InfuseError
+from infuse.formats.bundle import WEIGHTS
+from infuse.method import make, spelled
+from infuse.model import Base, check_name, detach, store_of
+from infuse.training.members import ADAPTER, CHECKPOINTS
+
+Stamp = tuple[tuple[int, int, int], ...]
+"""Inode, time of change and size of an adapter's files: when these are the same, so is the content."""
+
+
+@dataclass(frozen=True)
+class File:
+    """The content of an adapter's file and of its members' files."""
+
+    path: Path
+    content: bytes
+    facts: dict[str, Any]
+    members: tuple["File", ...] = ()
+
+    @property
+    def version(self) -> str:
+        """The first 12 hexadecimal digits of the content's SHA-256."""
+        sha = hashlib.sha256(self.content)
+        for member in self.members:
+            sha.update(member.version.encode())
+        return sha.hexdigest()[:12]
+
+    @property
+    def bytes(self) -> int:
+        return len(self.content) + sum(member.bytes for member in self.members)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a server tells of an adapter without loading it."""
+
+    version: str
+    method: str
+    base: str
+    labels: tuple[str, ...]
+    multi: bool
+    metrics: dict[str, Any]
+    bytes: int
+    temperature: float
+    threshold: float
+    max_length: int
+    trained_on: str
+    precision: str
+
+
+def valid(name: str) -> bool:
+    """Whether this can be the name of an adapter's folder, and of nothing outside of the root."""
+    return 0 < len(name) <= 128 and name[0] != "." and all(c.isalnum() or c in "_-+,. " for c in name)
+
+
+def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp]]:
+    """Name, folder and stamp of every adapter in ``root`` (or of one); runs that still train are left out."""
+    for child in [root / name] if name is not None else sorted(root.iterdir()):
+        if not valid(child.name) or not child.is_dir() or (child / CHECKPOINTS).exists():
+            continue
+        folder = child / ADAPTER if (child / ADAPTER).is_dir() else child
+        if (folder / WEIGHTS).is_file():
+            yield child.name, folder, stamp(folder)
+
+
+def stamp(folder: Path) -> Stamp:
+    try:
+        seen = [os.stat(path) for path in sorted(folder.rglob(WEIGHTS))]
+    except OSError:  # just removed
+        return ()
+    return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in seen)
+
+
+def read(folder: Path, content: bytes | None = None) -> File:
+    """The files of an adapter, members included.
+
+    Raises:
+        InfuseError: a file is missing, unreadable, or not Infuse's.
+    """
+    path = folder / WEIGHTS
+    try:
+        content = path.read_bytes() if content is None else content
+    except OSError as error:
+        raise InfuseError(f"{path.name} can't be read: {error.strerror}.") from None
+    facts = facts_of(content, path)
+    members = [check_name(str(m)) for m in facts.get("members", [])]
+    return File(path, content, facts, tuple(read(folder / "members" / m) for m in members))
+
+
+def facts(file: File, base: Base | None) -> Facts:
+    """What a file says about itself, checked: it has a head that can be served, and was made for ``base``.
+
+    Raises:
+        InfuseError: with the reason why this adapter can't be served.
+    """
+    head, trained, info = file.facts["head"], file.facts["base"], file.facts["info"]
+    if head is None:
+        raise InfuseError("it has no classification head; train it with infuse train.")
+    if head.get("kind") == "hf":
+        raise InfuseError(
+            "its head is the base model's own (hf), one per process; train it with head: cosine or linear."
+        )
+    method = make(file.facts["method"])
+    if method.unfreezes:
+        raise InfuseError("full fine-tuning made a base model of its own, not an adapter.")
+    if base is not None and trained["digest"] != base.digest:
+        raise InfuseError(
+            f"it was trained on {trained['name']!r} ({trained['type']}), and this server runs "
+            f"{base.name!r} ({base.type}); start another server for it."
+        )
+    try:
+        run = dict(info.get("run", {}))
+        found = Facts(
+            version=file.version,
+            method=spelled(method),
+            base=trained["name"],
+            labels=tuple(map(str, head["labels"])),
+            multi=bool(head["multi"]),
+            metrics=dict(info.get("metrics", {})),
+            bytes=file.bytes,
+            temperature=float(head.get("temperature", 1.0)),
+            threshold=float(head.get("threshold", 0.0)),
+            max_length=int(run.get("max_length", 128)),
+            trained_on=str(run.get("base") or trained["name"]),
+            precision=str(run.get("precision", "fp32")),
+        )
+        json.dumps(asdict(found), allow_nan=False, ensure_ascii=False).encode()
+        return found
+    except (LookupError, TypeError, ValueError) as error:
+        raise InfuseError(f"its description is damaged ({type(error).__name__}: {error}).") from None
+
+
+def attach(model: nn.Module, file: File, name: str) -> Adapter:
+    """Attach an adapter and its members, under names of their own; all of them or none."""
+    members = [f"{name} {i}" for i in range(len(file.members))]
+    try:
+        for member, each in zip(members, file.members, strict=True):
+            attach(model, each, member)
+        bundle = read_content(model, file.content, file.path)
+        bundle.members = members
+        return attach_bundle(model, bundle, name)
+    except BaseException:
+        remove(model, name)
+        raise
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Detach an adapter and its members; what is not there is no error."""
+    try:
+        have = store_of(model).adapters
+    except InfuseError:
+        return
+    mine = [each for each in have if each == name or each.startswith(f"{name} ")]
+    for each in sorted(mine, key=len):  # a mixer before its members
+        detach(model, each)

@@ -1,0 +1,40 @@
+"""Why a request is not answered: one sentence and an HTTP status each."""
+
+from infuse.errors import InfuseError
+
+
+class RefusedError(InfuseError):
+    """A request that is refused.
+
+    Attributes:
+        status: the HTTP status.
+        retry_after: seconds after which to try again, where that helps.
+    """
+
+    def __init__(self, status: int, sentence: str, retry_after: int | None = None):
+        super().__init__(sentence)
+        self.status = status
+        self.retry_after = retry_after
+
+
+def unknown(name: str) -> RefusedError:
+    return RefusedError(404, f"There is no adapter {name[:100]!r}; GET /v1/adapters lists those that are served.")
+
+
+def unusable(name: str, reason: str) -> RefusedError:
+    return RefusedError(409, f"Adapter {name!r} can't be used: {reason}")
+
+
+def full(waiting: int, seconds: float) -> RefusedError:
+    after = max(1, round(seconds))
+    return RefusedError(429, f"{waiting} texts are waiting already; try again in {after} s.", after)
+
+
+def stopping() -> RefusedError:
+    return RefusedError(503, "The server is stopping; try again in 5 s.", 5)
+
+
+def late(seconds: float) -> RefusedError:
+    return RefusedError(
+        504, f"The answer took longer than the deadline of {seconds:g} s; send fewer texts, or try later."
+    )

@@ -1,0 +1,262 @@
+"""The adapter store: which adapters a folder holds, which are in memory, and who uses them."""
+
+import asyncio
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from infuse.errors import InfuseError
+from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
+from infuse.heads import Head
+from infuse.model import Base
+from infuse.serving import files, refusals
+from infuse.serving.batcher import Batcher
+from infuse.serving.files import Facts, File, Stamp
+
+log = logging.getLogger("infuse.serving")
+
+
+@dataclass(eq=False)
+class Served:
+    """One version of one adapter in memory; requests hold it until they are answered.
+
+    Attributes:
+        inner: its name in the model, which no other version shares.
+        users: how many requests hold it.
+        retired: another version, or none, has taken its place.
+    """
+
+    name: str
+    inner: str
+    facts: Facts
+    head: Head
+    users: int = 0
+    retired: bool = False
+
+
+@dataclass(eq=False)
+class Entry:
+    """What the store knows of an adapter of the folder."""
+
+    name: str
+    folder: Path
+    stamp: Stamp = ()
+    facts: Facts | None = None
+    error: str | None = None
+    served: Served | None = None
+    withdrawn: bool = False
+    waiting: int = 0
+    loading: asyncio.Task | None = None
+
+    @property
+    def status(self) -> str:
+        if self.withdrawn:
+            return "withdrawn"
+        if self.served is not None:
+            return "resident"
+        return "broken" if self.error else "ready"
+
+
+class Store:
+    """Adapters by name, of which the ``resident`` most recently used stay in memory.
+
+    All of its state belongs to the event loop; the model itself is changed in the batcher's thread alone.
+
+    Args:
+        root: the folder.
+        model: the base model.
+        base: its fingerprint.
+        batcher: whose thread owns the model.
+        resident: how many adapters may stay in memory.
+        forgotten: called with the name of an adapter that is gone for good.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: nn.Module,
+        base: Base,
+        batcher: Batcher,
+        resident: int = 1000,
+        forgotten: Callable[[str], Any] = lambda name: None,
+    ):
+        self.root, self.model, self.base, self.batcher = root, model, base, batcher
+        self.resident, self.forgotten = resident, forgotten
+        self.entries: dict[str, Entry] = {}
+        self.recent: OrderedDict[str, Entry] = OrderedDict()
+        self.numbers = count()
+
+    async def lease(self, name: str) -> Served:
+        """The adapter as it is now, loaded if need be; :meth:`release` gives it back.
+
+        Raises:
+            RefusedError: there is no such adapter (404), or its file can't be used (409).
+        """
+        entry = self.entries.get(name) or await self._discover(name)
+        entry.waiting += 1  # and so it isn't unloaded for another before its turn comes
+        try:
+            while entry.served is None:
+                if entry.withdrawn or self.entries.get(name) is not entry:
+                    raise refusals.unknown(name)
+                await self._loaded(entry)
+        finally:
+            entry.waiting -= 1
+        served = entry.served
+        served.users += 1
+        self.recent.move_to_end(name)
+        return served
+
+    def release(self, served: Served) -> None:
+        served.users -= 1
+        if served.retired and not served.users:
+            self._detach(served)
+
+    async def refresh(self) -> None:
+        """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
+        known = {entry.name: entry.stamp for entry in self.entries.values()}
+        present, changed = await asyncio.to_thread(self._look, known)
+        for name in self.entries.keys() - present:
+            entry = self.entries.pop(name)
+            self._unload(entry)
+            self.forgotten(name)
+            log.info("%s is gone", name)
+        for name, folder, stamp, found in changed:
+            entry = self.entries.setdefault(name, Entry(name, folder))
+            if entry.served is not None:
+                await self._try(entry)
+                continue
+            entry.folder, entry.stamp = folder, stamp
+            entry.facts, entry.error = (None, str(found)) if isinstance(found, InfuseError) else (found, None)
+            log.info("%s: %s", name, entry.error or (entry.facts and entry.facts.version))
+
+    async def load(self, name: str) -> Entry:
+        """Load or reload an adapter from the folder, and serve it again if it was withdrawn."""
+        entry = self.entries.get(name) or await self._discover(name)
+        entry.withdrawn, entry.stamp = False, ()
+        await self._loaded(entry)
+        return entry
+
+    async def install(self, name: str, content: bytes) -> Entry:
+        """Check the content of an adapter's file, write it into the folder, and serve it.
+
+        Raises:
+            RefusedError: it is no sound adapter for this base (422), or can't be written (507).
+        """
+        entry = self.entries.get(name)
+        folder = entry.folder if entry else self.root / name
+        try:
+            file = File(folder / WEIGHTS, content, files.facts_of(content, Path("the body")))
+            if file.facts.get("members"):
+                raise InfuseError("a fusion has members in files of their own; copy its folder to the server.")
+            found = files.facts(file, self.base)
+            inner = f"served {next(self.numbers)}"
+            await self._in_model(lambda: (files.attach(self.model, file, inner), files.remove(self.model, inner)))
+        except InfuseError as error:
+            raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {error}") from None
+        config = {"library": "infuse", "method": file.facts["method"], "base_model_name_or_path": found.base}
+        try:
+            await asyncio.to_thread(write_folder, folder, {CONFIG: json.dumps(config).encode(), WEIGHTS: content})
+        except (OSError, InfuseError) as error:
+            raise refusals.RefusedError(507, f"The adapter can't be written: {error}") from None
+        return await self.load(name)
+
+    def known(self, name: str) -> Entry:
+        """What the last look at the folder has found."""
+        if name not in self.entries:
+            raise refusals.unknown(name)
+        return self.entries[name]
+
+    def withdraw(self, name: str) -> Entry:
+        """Stop serving an adapter until :meth:`load`; its files stay."""
+        entry = self.known(name)
+        entry.withdrawn = True
+        self._unload(entry)
+        return entry
+
+    def _look(self, known: dict[str, Stamp]) -> tuple[set[str], list[tuple[str, Path, Stamp, Facts | InfuseError]]]:
+        present, changed = set(), []
+        for name, folder, stamp in files.find(self.root):
+            present.add(name)
+            if known.get(name) != stamp:
+                changed.append((name, folder, stamp, self._facts(folder)))
+        return present, changed
+
+    def _facts(self, folder: Path) -> Facts | InfuseError:
+        try:
+            return files.facts(files.read(folder), self.base)
+        except InfuseError as error:
+            return error
+
+    async def _discover(self, name: str) -> Entry:
+        """An adapter that has come since the last look at the folder."""
+        if not files.valid(name):
+            raise refusals.unknown(name)
+        for found, folder, _ in await asyncio.to_thread(lambda: list(files.find(self.root, name))):
+            return self.entries.setdefault(found, Entry(found, folder))
+        raise refusals.unknown(name)
+
+    async def _try(self, entry: Entry) -> None:
+        try:
+            await self._loaded(entry)
+        except refusals.RefusedError as refusal:
+            log.warning("%s", refusal)
+
+    async def _loaded(self, entry: Entry) -> None:
+        """Bring an adapter's file into memory, once for all who wait for it."""
+        if entry.loading is None:
+            entry.loading = asyncio.create_task(self._load(entry))
+            entry.loading.add_done_callback(lambda _: setattr(entry, "loading", None))
+        await asyncio.shield(entry.loading)
+
+    async def _load(self, entry: Entry) -> None:
+        now = await asyncio.to_thread(files.stamp, entry.folder)
+        if entry.error and now == entry.stamp:
+            raise refusals.unusable(entry.name, entry.error)
+        entry.stamp = now
+        try:
+            file = await asyncio.to_thread(files.read, entry.folder)
+            facts = files.facts(file, self.base)
+            if entry.served is None or entry.served.facts.version != facts.version:
+                inner = f"served {next(self.numbers)}"
+                adapter = await self._in_model(lambda: files.attach(self.model, file, inner))
+                self._swap(entry, Served(entry.name, inner, facts, adapter.head))
+        except InfuseError as error:
+            # An older version that is in memory goes on answering.
+            entry.error = str(error)
+            raise refusals.unusable(entry.name, entry.error) from None
+        entry.facts, entry.error = facts, None
+
+    def _swap(self, entry: Entry, served: Served) -> None:
+        old, entry.served = entry.served, served
+        if old is not None:
+            self._retire(old)
+        log.info("%s: version %s is in memory", entry.name, served.facts.version)
+        self.recent[entry.name] = entry
+        self.recent.move_to_end(entry.name)
+        idle = [e for e in self.recent.values() if e.served and not (e.served.users or e.waiting or e is entry)]
+        for oldest in idle[: max(0, len(self.recent) - self.resident)]:
+            self._unload(oldest)
+
+    def _unload(self, entry: Entry) -> None:
+        self.recent.pop(entry.name, None)
+        served, entry.served = entry.served, None
+        if served is not None:
+            self._retire(served)
+
+    def _retire(self, served: Served) -> None:
+        served.retired = True
+        if not served.users:
+            self._detach(served)
+
+    def _detach(self, served: Served) -> None:
+        self.batcher.call(lambda: files.remove(self.model, served.inner))
+
+    async def _in_model(self, job: Callable[[], Any]) -> Any:
+        return await asyncio.wrap_future(self.batcher.call(job))

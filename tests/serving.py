@@ -1,0 +1,50 @@
+"""Folders of adapters for the tests of serving: every method, labels of different numbers, one tiny base."""
+
+from pathlib import Path
+
+import torch
+
+import infuse
+from infuse.bases import load_base
+from infuse.heads import Head
+from infuse.method import Mixer
+from infuse.model import store_of
+
+
+def fill(
+    root: Path, base: str, methods: list[str], seed: int = 0, labels: int = 0, precision: str = "fp32"
+) -> list[str]:
+    """Write an adapter with random deltas and a random head for every method; their names are NUMBER-METHOD."""
+    loaded = load_base(base)
+    generator = torch.Generator().manual_seed(seed)
+    names = []
+    for i, method in enumerate(methods):
+        name = f"{i:04}-{method.split(':')[0].replace('+', 'p')}"
+        write(loaded, root / name, method, generator, labels or 2 + (seed + i) % 5, precision)
+        names.append(name)
+    return names
+
+
+def write(loaded, folder: Path, method: str, generator: torch.Generator, labels: int, precision: str = "fp32") -> None:
+    """One adapter of ``method`` with random deltas and a random head."""
+    if isinstance(infuse.make(method), Mixer):
+        for member in ("one", "two"):
+            infuse.attach(loaded.model, "pfeiffer", member)
+            _scatter(loaded.model, member, generator)
+        adapter = infuse.fuse(loaded.model, ["one", "two"], method, "adapter")
+    else:
+        adapter = infuse.attach(loaded.model, method, "adapter")
+    _scatter(loaded.model, "adapter", generator)
+    own = Head("cosine", [f"{folder.name} {j}" for j in range(labels)], loaded.width, loaded.pooling)
+    with torch.no_grad():
+        own.weight.normal_(generator=generator)
+    adapter.head = own
+    adapter.info = {"run": {"base": loaded.name, "max_length": 64, "precision": precision}}
+    infuse.save(loaded.model, "adapter", folder)
+    infuse.detach(loaded.model)
+
+
+def _scatter(model, name: str, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for parameter in store_of(model)[name].parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
