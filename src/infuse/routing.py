@@ -90,7 +90,7 @@ class Mixed:
     """A route with an entry per row; keeps its plan for each site until the next forward pass."""
 
     names: tuple[str | None, ...]
-    levels: list["Route"] = field(default_factory=list)
+    levels: "list[Route] | None" = None
     plans: dict[Any, list[Group]] = field(default_factory=dict)
     alike: dict[tuple[int, ...], tuple[Adapter, list[int]]] = field(default_factory=dict)
 
@@ -112,7 +112,7 @@ class Mixed:
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
         self.plans.clear()
-        for level in self.levels:
+        for level in self.levels or ():
             if isinstance(level, Mixed):
                 level.plans.clear()
 
@@ -254,12 +254,13 @@ def levels(adapters: Mapping[str, Adapter], route: Route) -> Sequence[Route]:
     """A route without stacks, or one for the first adapters of all stacks, one for the second, and so on."""
     if not isinstance(route, Mixed):
         return _chain(adapters, route) if route is not None else (None,)
-    if not route.levels:
+    if route.levels is None:
         chains = [() if name is None else _chain(adapters, name) for name in route.names]
         depth = max([1, *(len(chain) for chain in chains)])
         columns = [tuple(c[i] if i < len(c) else None for c in chains) for i in range(depth)]
-        route.levels = [route] if columns == [route.names] else [Mixed(names) for names in columns]
-    return route.levels
+        # Not [route]: a cycle would keep the adapters of every call until the next full garbage collection.
+        route.levels = [] if columns == [route.names] else [Mixed(names) for names in columns]
+    return route.levels or (route,)
 
 
 def _chain(adapters: Mapping[str, Adapter], name: str) -> tuple[str, ...]:
