@@ -74,7 +74,7 @@ class Batcher:
         self.jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
         self.reserved = 0
         self.rate = 1000.0  # rows a second, as lately seen
-        self.stopping = False
+        self.stopping = self.ended = False
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, name="infuse-model", daemon=True)
         self.thread.start()
@@ -102,7 +102,7 @@ class Batcher:
         """Probabilities of every row; if the caller is cancelled, rows that still wait are never run."""
         request = Request(tokens, adapters, asyncio.get_running_loop().create_future())
         with self.changed:
-            if not self.thread.is_alive():
+            if self.ended:
                 raise refusals.stopping()
             self.queue.extend((request, i) for i in range(len(tokens)))
             self.changed.notify()
@@ -115,7 +115,7 @@ class Batcher:
         """Run ``job`` in the model thread between two passes; its result, later."""
         future: Future[Any] = Future()
         with self.changed:
-            if not self.thread.is_alive():
+            if self.ended:
                 future.set_exception(refusals.stopping())
                 return future
             self.jobs.append((future, job))
@@ -131,11 +131,19 @@ class Batcher:
         return not self.thread.is_alive()
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        finally:
+            with self.changed:
+                self.ended = True
+
+    def _serve(self) -> None:
         while True:
             with self.changed:
                 while not (self.queue or self.jobs or self.stopping):
                     self.changed.wait()
                 if not (self.queue or self.jobs):
+                    self.ended = True  # while the lock is held: nothing comes in after the last look
                     return
                 job = self.jobs.popleft() if self.jobs else None
                 rows = self._take() if job is None else []
