@@ -29,6 +29,10 @@ SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "se
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+def make_tiny_base(folder: Path) -> Path:
     """The folder of a tiny BERT: random layers over word vectors that know the topics of the bundled sample."""
     tokenizer = Tokenizer(WordLevel(unk_token="[UNK]"))
     tokenizer.normalizer = BertNormalizer()
@@ -36,7 +40,6 @@ def tiny_base(tmp_path_factory) -> Path:
     tokenizer.train_from_iterator(read("sample").texts, WordLevelTrainer(special_tokens=list(SPECIAL.values())))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
     model = tiny("bert", vocab_size=tokenizer.get_vocab_size())
     with torch.no_grad():
         model.embeddings.word_embeddings.weight.copy_(torch.from_numpy(word_vectors(tokenizer, 32)))

@@ -1,6 +1,7 @@
 """Folders of adapters for the tests of serving: every method, labels of different numbers, one tiny base."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,10 @@ def fill(
     return names
 
 
-def write(loaded, folder: Path, method: str, generator: torch.Generator, labels: int, precision: str = "fp32") -> None:
-    """One adapter of ``method`` with random deltas and a random head."""
+def write(
+    loaded, folder: Path, method: str, generator: torch.Generator, labels: int, precision: str = "fp32", **head: Any
+) -> None:
+    """One adapter of ``method`` with random deltas and a random head, of which ``head`` are more settings."""
     if isinstance(infuse.make(method), Mixer):
         for member in ("one", "two"):
             infuse.attach(loaded.model, "pfeiffer", member)
@@ -35,7 +38,7 @@ def write(loaded, folder: Path, method: str, generator: torch.Generator, labels:
     else:
         adapter = infuse.attach(loaded.model, method, "adapter")
     _scatter(loaded.model, "adapter", generator)
-    own = Head("cosine", [f"{folder.name} {j}" for j in range(labels)], loaded.width, loaded.pooling)
+    own = Head("cosine", [f"{folder.name} {j}" for j in range(labels)], loaded.width, loaded.pooling, **head)
     with torch.no_grad():
         own.weight.normal_(generator=generator)
     adapter.head = own

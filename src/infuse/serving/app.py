@@ -65,8 +65,9 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
         yield
         if watching is not None:
             watching.cancel()
-        if not await asyncio.to_thread(engine.batcher.drain, config.drain):
-            log.error("not all that waited was answered within %g s", config.drain)
+        # By now all requests are answered, or were refused when their time was over: nobody waits for what is left.
+        if not await asyncio.to_thread(engine.batcher.drain, 1.0):
+            log.error("a forward pass was still running after %g s", config.drain)
 
     def admin(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
         if token is None:
@@ -75,7 +76,7 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
             raise RefusedError(401, "This needs the admin's token, as Authorization: Bearer TOKEN.")
 
     app = FastAPI(
-        title="Infuse", version=infuse.__version__, lifespan=lifespan,
+        title="Infuse", version=infuse.__version__, lifespan=lifespan, redirect_slashes=False,
         description="Labels texts by adapters of every method over one frozen base, in mixed batches.",
     )  # fmt: skip
     app.add_middleware(Guard, config=config, metrics=engine.metrics)
@@ -133,7 +134,7 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     @app.get("/readyz", response_model=schema.Status, responses={503: _REFUSED[503]})
     async def readyz() -> Response:
         """Whether requests are answered."""
-        if engine.batcher.stopping or not engine.batcher.thread.is_alive():
+        if engine.batcher.stopping or engine.batcher.ended:
             raise stopping()
         return JSONResponse({"status": "ready"})
 
@@ -212,8 +213,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     malformed = [each for each in error.errors() if each["type"] == "json_invalid"]
     if malformed:
         return JSONResponse({"error": f"The body is no valid JSON: {malformed[0]['ctx']['error']}."}, 400)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+    listed = isinstance(error.body, list)  # a body that is no item is measured as a list too, and the other way round
+    first = next((each for each in error.errors() if (each["loc"][1:2] != ("Item",)) == listed), error.errors()[0])
+    where = ".".join(str(part) for part in first["loc"][2:])[:200]
     return JSONResponse({"error": f"{where.encode('ascii', 'replace').decode() or 'The body'}: {first['msg']}."}, 422)
 
 

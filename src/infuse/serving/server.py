@@ -2,9 +2,13 @@
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 from infuse.errors import InfuseError
 from infuse.serving.settings import TOKEN, ServeConfig
@@ -16,7 +20,7 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     Raises:
         InfuseError: settings that can't work, an address that is taken, a base that can't be loaded.
     """
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    missing = [name for name in ("fastapi", "uvicorn", "httptools", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise InfuseError(f"infuse serve needs {missing[0]}, which is not installed: pip install 'infuse[serve]'.")
     import uvicorn
@@ -29,11 +33,22 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     bound = _bind(config.host, config.port)
     host, port = bound.getsockname()[:2]
     say(f"{engine.base.name} ({engine.precision}) at http://{f'[{host}]' if ':' in host else host}:{port}")
-    settings = uvicorn.Config(
-        create_app(engine, os.environ.get(TOKEN) or None), log_level="warning", access_log=False, server_header=False,
-        timeout_graceful_shutdown=max(1, round(config.drain)), timeout_keep_alive=30, ws="none",
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn raises the signal again once all is answered: an end that was asked for is no failure.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    uvicorn.Server(uvicorn_config(config, create_app(engine, os.environ.get(TOKEN) or None))).run(sockets=[bound])
+
+
+def uvicorn_config(config: ServeConfig, app: Any) -> Any:
+    """How uvicorn runs the application."""
+    import uvicorn
+
+    from infuse.serving.connection import patient
+
+    return uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, ws="none", http=patient(config.deadline),
+        timeout_graceful_shutdown=max(1, round(config.drain)), timeout_keep_alive=30,
     )  # fmt: skip
-    uvicorn.Server(settings).run(sockets=[bound])
 
 
 def _bind(host: str, port: int) -> socket.socket:
