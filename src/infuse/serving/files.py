@@ -64,7 +64,8 @@ class Facts:
 
 def valid(name: str) -> bool:
     """Whether this can be the name of an adapter's folder, and of nothing outside of the root."""
-    return 0 < len(name) <= 128 and name[0] != "." and all(c.isalnum() or c in "_-+,. " for c in name)
+    sound = 0 < len(name) <= 128 and name[0] != "." and all(c.isalnum() or c in "_-+,. " for c in name)
+    return sound and len(name.encode()) <= 200  # file systems take 255 bytes, and writing needs a few beside
 
 
 def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp]]:
@@ -97,8 +98,13 @@ def read(folder: Path, content: bytes | None = None) -> File:
     except OSError as error:
         raise InfuseError(f"{path.name} can't be read: {error.strerror}.") from None
     facts = facts_of(content, path)
-    members = [check_name(str(m)) for m in facts.get("members", [])]
-    return File(path, content, facts, tuple(read(folder / "members" / m) for m in members))
+    members = facts.get("members") or []
+    if not isinstance(members, list) or len(set(map(str, members))) < len(members):
+        raise InfuseError(f"{path.name} names its members wrongly; save or download it again.")
+    files = tuple(read(folder / "members" / check_name(str(m))) for m in members)
+    if any(file.members for file in files):
+        raise InfuseError(f"{path.name} mixes adapters that are mixtures themselves.")
+    return File(path, content, facts, files)
 
 
 def facts(file: File, base: Base | None) -> Facts:
@@ -107,6 +113,15 @@ def facts(file: File, base: Base | None) -> Facts:
     Raises:
         InfuseError: with the reason why this adapter can't be served.
     """
+    try:
+        return _facts(file, base)
+    except InfuseError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise InfuseError(f"its description is damaged ({type(error).__name__}: {error}).") from None
+
+
+def _facts(file: File, base: Base | None) -> Facts:
     head, trained, info = file.facts["head"], file.facts["base"], file.facts["info"]
     if head is None:
         raise InfuseError("it has no classification head; train it with infuse train.")
@@ -122,26 +137,25 @@ def facts(file: File, base: Base | None) -> Facts:
             f"it was trained on {trained['name']!r} ({trained['type']}), and this server runs "
             f"{base.name!r} ({base.type}); start another server for it."
         )
-    try:
-        run = dict(info.get("run", {}))
-        found = Facts(
-            version=file.version,
-            method=spelled(method),
-            base=trained["name"],
-            labels=tuple(map(str, head["labels"])),
-            multi=bool(head["multi"]),
-            metrics=dict(info.get("metrics", {})),
-            bytes=file.bytes,
-            temperature=float(head.get("temperature", 1.0)),
-            threshold=float(head.get("threshold", 0.0)),
-            max_length=int(run.get("max_length", 128)),
-            trained_on=str(run.get("base") or trained["name"]),
-            precision=str(run.get("precision", "fp32")),
-        )
-        json.dumps(asdict(found), allow_nan=False, ensure_ascii=False).encode()
-        return found
-    except (LookupError, TypeError, ValueError) as error:
-        raise InfuseError(f"its description is damaged ({type(error).__name__}: {error}).") from None
+    run = dict(info.get("run", {}))
+    found = Facts(
+        version=file.version,
+        method=spelled(method),
+        base=trained["name"],
+        labels=tuple(map(str, head["labels"])),
+        multi=bool(head["multi"]),
+        metrics=dict(info.get("metrics", {})),
+        bytes=file.bytes,
+        temperature=float(head.get("temperature", 1.0)),
+        threshold=float(head.get("threshold", 0.0)),
+        max_length=int(run.get("max_length", 128)),
+        trained_on=str(run.get("base") or trained["name"]),
+        precision=str(run.get("precision", "fp32")),
+    )
+    if found.max_length < 4:  # no room for a word between the special tokens
+        raise InfuseError(f"its texts are cut at {found.max_length} tokens; train it with max_length 4 or more.")
+    json.dumps(asdict(found), allow_nan=False, ensure_ascii=False).encode()
+    return found
 
 
 def attach(model: nn.Module, file: File, name: str) -> Adapter:

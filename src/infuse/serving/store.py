@@ -122,7 +122,7 @@ class Store:
         """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
         known = {entry.name: entry.stamp for entry in self.entries.values()}
         present, changed = await asyncio.to_thread(self._look, known)
-        for name in self.entries.keys() - present:
+        for name in known.keys() - present:  # others may have come meanwhile
             entry = self.entries.pop(name)
             self._unload(entry)
             self.forgotten(name)
@@ -139,7 +139,10 @@ class Store:
     async def load(self, name: str) -> Entry:
         """Load or reload an adapter from the folder, and serve it again if it was withdrawn."""
         entry = self.entries.get(name) or await self._discover(name)
-        entry.withdrawn, entry.stamp = False, ()
+        entry.withdrawn = False
+        while entry.loading is not None:  # it may have read the file before it was changed
+            await asyncio.wait({entry.loading})
+        entry.stamp = ()
         await self._loaded(entry)
         return entry
 
@@ -152,10 +155,7 @@ class Store:
         entry = self.entries.get(name)
         folder = entry.folder if entry else self.root / name
         try:
-            file = File(folder / WEIGHTS, content, files.facts_of(content, Path("the body")))
-            if file.facts.get("members"):
-                raise InfuseError("a fusion has members in files of their own; copy its folder to the server.")
-            found = files.facts(file, self.base)
+            file, found = await asyncio.to_thread(self._sound, folder, content)
             inner = f"served {next(self.numbers)}"
             await self._in_model(lambda: (files.attach(self.model, file, inner), files.remove(self.model, inner)))
         except InfuseError as error:
@@ -166,6 +166,12 @@ class Store:
         except (OSError, InfuseError) as error:
             raise refusals.RefusedError(507, f"The adapter can't be written: {error}") from None
         return await self.load(name)
+
+    def _sound(self, folder: Path, content: bytes) -> tuple[File, Facts]:
+        file = File(folder / WEIGHTS, content, files.facts_of(content, Path("the body")))
+        if file.facts.get("members"):
+            raise InfuseError("a fusion has members in files of their own; copy its folder to the server.")
+        return file, files.facts(file, self.base)
 
     def known(self, name: str) -> Entry:
         """What the last look at the folder has found."""
@@ -190,9 +196,13 @@ class Store:
 
     def _facts(self, folder: Path) -> Facts | InfuseError:
         try:
-            return files.facts(files.read(folder), self.base)
+            return self._read(folder)[1]
         except InfuseError as error:
             return error
+
+    def _read(self, folder: Path) -> tuple[File, Facts]:
+        file = files.read(folder)
+        return file, files.facts(file, self.base)
 
     async def _discover(self, name: str) -> Entry:
         """An adapter that has come since the last look at the folder."""
@@ -221,12 +231,17 @@ class Store:
             raise refusals.unusable(entry.name, entry.error)
         entry.stamp = now
         try:
-            file = await asyncio.to_thread(files.read, entry.folder)
-            facts = files.facts(file, self.base)
+            file, facts = await asyncio.to_thread(self._read, entry.folder)
             if entry.served is None or entry.served.facts.version != facts.version:
                 inner = f"served {next(self.numbers)}"
                 adapter = await self._in_model(lambda: files.attach(self.model, file, inner))
-                self._swap(entry, Served(entry.name, inner, facts, adapter.head))
+                served = Served(entry.name, inner, facts, adapter.head)
+                if entry.withdrawn or self.entries.get(entry.name) is not entry:  # meanwhile
+                    self._retire(served)
+                    raise refusals.unknown(entry.name)
+                self._swap(entry, served)
+        except refusals.RefusedError:
+            raise
         except InfuseError as error:
             # An older version that is in memory goes on answering.
             entry.error = str(error)

@@ -1,0 +1,405 @@
+"""The folder of a server: adapters that come, change, break and go while it answers."""
+
+import asyncio
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import close
+from running import TOKEN, Inside, until
+from serving import write
+from test_files import WEIGHTS, rewrite
+
+from infuse import InfuseError
+from infuse.bases import load_base
+from infuse.serving import ServeConfig
+from infuse.serving.engine import open_engine
+from infuse.testing import tiny
+
+NAMES = ("ada", "bob", "cyd", "dan")
+
+
+@pytest.fixture(scope="module")
+def shelf(tiny_base, tmp_path_factory) -> Path:
+    root, base, draw = tmp_path_factory.mktemp("shelf") / "adapters", load_base(str(tiny_base)), torch.Generator()
+    for i, name in enumerate([*NAMES, "other ada", "other bob"]):
+        write(base, root / name, "ia3" if i % 2 else "lora", draw.manual_seed(i), 3 + i)
+    write(base, root / "mix", "fusion", draw, 3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base):
+    return load_base(str(tiny_base))
+
+
+@pytest.fixture
+def folder(shelf, tmp_path):
+    """A folder of four adapters."""
+    for name in NAMES:
+        shutil.copytree(shelf / name, tmp_path / "adapters" / name)
+    return tmp_path / "adapters"
+
+
+@pytest.fixture
+def server(folder, base):
+    with Inside(folder, base, watch=0.02) as server:
+        yield server
+
+
+def put(content: bytes | Path, folder: Path) -> None:
+    """Replace an adapter's file at once, as every careful writer does."""
+    content = (content / WEIGHTS).read_bytes() if isinstance(content, Path) else content
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "new").write_bytes(content)
+    os.replace(folder / "new", folder / WEIGHTS)
+
+
+def state(server, name):
+    got = server.ask("GET", f"/v1/adapters/{name}")
+    return got.json if got.status == 200 else {"status": None}
+
+
+def becomes(server, name, status):
+    until(lambda: state(server, name)["status"] == status)
+    return state(server, name)
+
+
+def broken_files(good: Path) -> dict[str, bytes]:
+    content = (good / WEIGHTS).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "empty": b"", "short": content[:100], "cut": content[: len(content) - 1], "half": content[: size + 50],
+        "zeros": bytes(len(content)), "pickle": b"\x80\x04\x95", "deep": (9**5).to_bytes(8, "little") + b"[" * 9**5,
+        "text": b"hello" * 100, "long": (2**62).to_bytes(8, "little") + content[8:],
+    }  # fmt: skip
+
+
+HEADERS = {
+    "no method": {"method": None}, "a number as method": {"method": 3}, "an unknown method": {"method": {"name": "x"}},
+    "no head": {"head": None}, "an empty head": {"head": {}}, "hf": {"head": {"kind": "hf", "labels": ["a", "b"]}},
+    "full": {"method": {"name": "full"}}, "numbered members": {"members": 3},
+    "members outside": {"members": ["../../ada"]},
+    "no base": {"base": {}}, "a listed base": {"base": []}, "metrics": {"info": {"metrics": 3}},
+    "nan": {"info": {"metrics": {"f1": float("nan")}}}, "surrogates": {"info": {"metrics": {"\ud800": 1}}},
+    "too short texts": {"info": {"run": {"max_length": 0}}}, "no length": {"info": {"run": {"max_length": "x"}}},
+    "many members": {"members": ["a", "a"]},
+}  # fmt: skip
+
+
+def test_broken_files_are_listed_with_a_reason_and_hurt_nobody(server, folder):
+    before = server.classify("ada", "hello").json
+    for name, content in broken_files(folder / "ada").items():
+        put(content, folder / f"bytes {name}")
+    for name, changes in HEADERS.items():
+        shutil.copytree(folder / "bob", folder / f".{name}")
+        rewrite(folder / f".{name}", **changes)
+        os.rename(folder / f".{name}", folder / f"header {name}")
+    shutil.copytree(folder / "bob", folder / ".nan")
+    save_nan(folder / ".nan")
+    os.rename(folder / ".nan", folder / "not a number")
+    (folder / "not a file" / WEIGHTS).mkdir(parents=True)
+    (folder / "a file").write_bytes(b"")
+    names = [f"bytes {name}" for name in broken_files(folder / "ada")] + [f"header {name}" for name in HEADERS]
+    for name in names:
+        if name in ("bytes cut", "bytes half"):  # its header is whole: this is seen when it is loaded
+            continue
+        told = becomes(server, name.replace(" ", "%20"), "broken")
+        assert told["error"] and "\n" not in told["error"] and len(told["error"]) < 400, told
+    for name in [*names, "not a number"]:
+        got = server.classify(name, "hello")
+        assert got.status == 409 and got.error.startswith(f"Adapter '{name}' can't be used: "), got
+        assert becomes(server, name.replace(" ", "%20"), "broken")["error"] in got.error
+    assert server.classify("not a file", "hello").status == 404 == server.classify("a file", "hello").status
+    reasons = {name: state(server, f"header%20{name}")["error"] for name in ("hf", "full")}
+    assert "(hf)" in reasons["hf"] and "full fine-tuning" in reasons["full"]
+    assert "no classification head" in state(server, "header%20no%20head")["error"]
+    assert server.classify("ada", "hello").json == before
+    assert server.ask("GET", "/readyz").status == 200
+
+
+def save_nan(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {name: value * float("nan") for name, value in tensors.items()})
+
+
+def test_an_adapter_for_another_base_is_refused_with_both_names(server, folder, base, tmp_path):
+    other = tmp_path / "the other base"
+    shutil.copytree(base.name, other)
+    tiny("bert", seed=5, vocab_size=base.model.config.vocab_size).save_pretrained(other)
+    write(load_base(str(other)), folder / "stranger", "ia3", torch.Generator().manual_seed(0), 3)
+    got = server.classify("stranger", "hello")
+    assert got.status == 409 and repr(str(other)) in got.error and repr(base.name) in got.error
+    assert becomes(server, "stranger", "broken")["error"] in got.error
+    sent = server.ask("POST", "/v1/adapters/new", (folder / "stranger" / WEIGHTS).read_bytes(), TOKEN)
+    assert sent.status == 422 and repr(str(other)) in sent.error and not (folder / "new").exists()
+
+
+def test_a_broken_new_version_leaves_the_old_one_answering_until_it_is_mended(server, folder, shelf):
+    before = server.classify("ada", "hello", top_k=3).json
+    for content in broken_files(folder / "bob").values():
+        put(content, folder / "ada")
+        until(lambda: state(server, "ada")["error"])
+        assert server.classify("ada", "hello", top_k=3).json == before
+        put(shelf / "ada", folder / "ada")
+        until(lambda: state(server, "ada")["error"] is None)
+    put(shelf / "other ada", folder / "ada")
+    until(lambda: server.classify("ada", "hello").json["version"] != before["version"])
+    assert server.classify("ada", "hello", top_k=9).json["answers"][0]["top"][0]["label"].startswith("other ada")
+
+
+def test_a_file_that_is_cut_short_in_place_while_it_is_loaded(server, folder):
+    """As a memory map, it would end the process (SIGBUS)."""
+    before = server.classify("ada", "hello").json
+    os.truncate(folder / "ada" / WEIGHTS, 0)
+    until(lambda: state(server, "ada")["error"])
+    assert server.classify("ada", "hello").json == before
+    assert [server.classify(name, "hello").status for name in NAMES] == [200] * 4
+
+
+def test_adapters_come_and_go(server, folder, shelf):
+    assert server.classify("mix", "hello").status == 404
+    shutil.copytree(shelf / "mix", folder / "mix")
+    assert server.classify("mix", "hello").status == 200  # on demand, before the next look
+    assert server.classify("ada", "hello").status == 200
+    shutil.rmtree(folder / "ada")
+    until(lambda: server.classify("ada", "hello").status == 404)
+    assert server.ask("GET", "/v1/adapters/ada").status == 404
+    assert server.metric('infuse_texts_total{adapter="ada"}') == 0
+    shutil.copytree(shelf / "ada", folder / "ada")
+    until(lambda: server.classify("ada", "hello").status == 200)
+    os.rename(folder, folder.with_name("away"))
+    assert server.classify("ada", "hello").status == 200  # a share that is gone for a moment
+    os.rename(folder.with_name("away"), folder)
+    becomes(server, "bob", "ready")
+
+
+def test_runs_that_still_train_are_left_out(server, folder, shelf):
+    run = folder / "run"
+    shutil.copytree(shelf / "ada", run / "adapter")
+    (run / "checkpoints").mkdir()
+    becomes(server, "ada", "ready")
+    assert server.classify("run", "hello").status == 404
+    (run / "checkpoints").rmdir()
+    until(lambda: server.classify("run", "hello").status == 200)
+
+
+def test_a_change_in_a_member_is_a_new_version(folder, base, shelf):
+    shutil.copytree(shelf / "mix", folder / "mix")
+    with Inside(folder, base, watch=0.02) as server:
+        before = server.classify("mix", "hello").json["version"]
+        member = folder / "mix" / "members" / "one"
+        save = member.parent.parent.parent / ".one"
+        shutil.copytree(member, save)
+        rewrite(save, lambda tensors: {name: value * 2 for name, value in tensors.items()})
+        put(save, member)
+        until(lambda: server.classify("mix", "hello").json["version"] != before)
+        shutil.rmtree(member)
+        until(lambda: state(server, "mix")["error"])
+        assert server.classify("mix", "hello").status == 200
+
+
+def test_more_adapters_than_stay_in_memory(folder, base):
+    with Inside(folder, base, watch=0, resident=2) as server:
+        before = {name: server.classify(name, "hello").json for name in NAMES}
+        for name in [*NAMES, *reversed(NAMES)] * 3:
+            assert server.classify(name, "hello").json == before[name]
+            status = {each: state(server, each)["status"] for each in NAMES}
+            assert status[name] == "resident" and sum(s == "resident" for s in status.values()) == 2
+        until(lambda: len(server.base.model.infuse.adapters) == 2)
+        items = [{"adapter": name, "texts": ["hello"]} for name in NAMES]
+        got = server.ask("POST", "/v1/classify", items).json  # more than fit, in one request
+        assert all(close(each, before[each["adapter"]]) for each in got)
+        server.classify("ada", "hello")
+        until(lambda: len(server.base.model.infuse.adapters) == 2)
+
+
+def test_swapping_under_load_mixes_no_versions(server, folder, shelf):
+    """Every answer is one whole version's; none is lost, and the old ones leave memory."""
+    versions = {}
+    for source in ("ada", "other ada"):
+        put(shelf / source, folder / "ada")
+        server.ask("POST", "/v1/adapters/ada", token=TOKEN)
+        got = server.classify("ada", "hello", "card", top_k=9).json
+        versions[got["version"]] = got
+    wrong, seen, done = [], [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            got = server.classify("ada", "hello", "card", top_k=9)
+            seen.append(got.json.get("version"))
+            if got.status != 200 or not close(got.json, versions.get(seen[-1])):
+                wrong.append(got)
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for i in range(30):
+        put(shelf / ("ada", "other ada")[i % 2], folder / "ada")
+        assert server.ask("POST", "/v1/adapters/ada", token=TOKEN).json["version"] == list(versions)[i % 2]
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong and set(seen) == set(versions) and len(seen) > 30
+    until(lambda: len(server.base.model.infuse.adapters) == 1)
+
+
+def test_installing(server, folder, shelf):
+    content = (shelf / "other bob" / WEIGHTS).read_bytes()
+    got = server.ask("POST", "/v1/adapters/new", content, TOKEN).json
+    assert got["status"] == "resident" and server.classify("new", "hello").json["version"] == got["version"]
+    assert (folder / "new" / WEIGHTS).read_bytes() == content
+    old = server.classify("bob", "hello").json["version"]
+    assert server.ask("POST", "/v1/adapters/bob", content, TOKEN).json["version"] == got["version"] != old
+    assert server.classify("bob", "hello").json["version"] == got["version"]
+    for name, bad in broken_files(shelf / "ada").items():
+        sent = server.ask("POST", "/v1/adapters/bob", bad, TOKEN)
+        assert sent.status == (200 if name == "empty" else 422), (name, sent)  # an empty body loads the folder's
+    assert server.ask("POST", "/v1/adapters/x", (shelf / "mix" / WEIGHTS).read_bytes(), TOKEN).status == 422
+    assert server.ask("POST", "/v1/adapters/x", token=TOKEN).status == 404
+    assert server.classify("bob", "hello").json["version"] == got["version"]
+    assert sorted(os.listdir(folder)) == sorted([*NAMES, "new"])
+    until(lambda: len(server.base.model.infuse.adapters) == 2)
+
+
+def test_a_file_beyond_the_limit_is_not_installed(folder, base, shelf):
+    with Inside(folder, base, watch=0, max_file=1000) as server:
+        sent = server.ask("POST", "/v1/adapters/x", (shelf / "ada" / WEIGHTS).read_bytes(), TOKEN)
+        assert sent.status == 413 and "1,000 bytes" in sent.error
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    (tmp_path / "disk").mkdir()
+    if os.geteuid() or os.system(f"mount -t tmpfs -o size=64k tmpfs '{tmp_path}/disk' 2>/dev/null"):
+        pytest.skip("mounting a small disk needs root")
+    yield tmp_path / "disk"
+    os.system(f"umount '{tmp_path}/disk'")
+
+
+def test_a_full_disk(small_disk, base, shelf):
+    shutil.copytree(shelf / "bob", small_disk / "bob")
+    (small_disk / "filler").write_bytes(b"x" * 2**12)
+    with Inside(small_disk, base, watch=0.02) as server:
+        old = server.classify("bob", "hello").json
+        with pytest.raises(OSError, match="No space"), (small_disk / "filler").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096) == 4096:
+                pass
+            file.write(b"x")
+        check_no_space(server, small_disk, shelf, old)
+
+
+def test_a_disk_that_takes_no_more(folder, base, shelf, monkeypatch):
+    """As above, for those who can't mount: the write of the second file fails."""
+    with Inside(folder, base, watch=0.02) as server:
+        old = server.classify("bob", "hello").json
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("infuse.formats.bundle.os.fsync", full)
+            check_no_space(server, folder, shelf, old)
+
+
+def check_no_space(server, folder, shelf, old):
+    content, before = (shelf / "other ada" / WEIGHTS).read_bytes(), sorted(os.listdir(folder))
+    for name in ("bob", "new"):
+        got = server.ask("POST", f"/v1/adapters/{name}", content, TOKEN)
+        assert got.status == 507 and "No space" in got.error
+    assert server.classify("bob", "hello").json == old and server.classify("new", "hello").status == 404
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_a_file_that_cannot_be_read(server, folder, monkeypatch):
+    """Rights, or a disk that fails under the file."""
+    before, real = server.classify("ada", "hello").json, Path.read_bytes
+
+    def read(path):
+        if path.parent.name in ("ada", "cyd") and path.name == WEIGHTS:
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read)
+        os.utime(folder / "ada" / WEIGHTS)
+        assert server.classify("cyd", "hello").status == 409
+        assert "can't be read: Input/output error" in until(lambda: state(server, "ada")["error"])
+        assert server.classify("ada", "hello").json == before
+    os.utime(folder / "cyd" / WEIGHTS)
+    until(lambda: server.classify("cyd", "hello").status == 200)
+
+
+def test_withdrawing_while_it_is_loaded(folder, base):
+    """A load that ends after the withdrawal brings nothing back."""
+    with Inside(folder, base, watch=0) as server:
+        gate, held = threading.Event(), threading.Event()
+        server.engine.batcher.call(lambda: (held.set(), gate.wait(10)))
+        held.wait(10)
+        asked = []
+        thread = threading.Thread(target=lambda: asked.append(server.classify("ada", "hello")))
+        thread.start()
+        until(lambda: server.engine.store.entries["ada"].loading and server.engine.batcher.jobs)
+        assert server.ask("DELETE", "/v1/adapters/ada", token=TOKEN).json["status"] == "withdrawn"
+        gate.set()
+        thread.join()
+        assert asked[0].status == 404 == server.classify("ada", "hello").status
+        server.classify("bob", "hello")
+        until(lambda: len(base.model.infuse.adapters) == 1)
+        assert server.ask("POST", "/v1/adapters/ada", token=TOKEN).json["status"] == "resident"
+
+
+def test_reloading_while_the_old_file_is_being_loaded(folder, base, shelf):
+    """The answer to POST is the file as it was then, not as an earlier load has read it."""
+    with Inside(folder, base, watch=0) as server:
+        gate, held = threading.Event(), threading.Event()
+        server.engine.batcher.call(lambda: (held.set(), gate.wait(10)))
+        held.wait(10)
+        thread = threading.Thread(target=lambda: server.classify("ada", "hello"))
+        thread.start()
+        until(lambda: server.engine.batcher.jobs)
+        put(shelf / "other ada", folder / "ada")
+        got, arrived, load = [], threading.Event(), server.engine.store.load
+
+        async def loads(name):
+            arrived.set()
+            return await load(name)
+
+        server.engine.store.load = loads
+        loading = threading.Thread(target=lambda: got.append(server.ask("POST", "/v1/adapters/ada", token=TOKEN).json))
+        loading.start()
+        assert arrived.wait(10)
+        gate.set()
+        thread.join()
+        loading.join()
+        assert got[0]["labels"][0].startswith("other ada")
+
+
+def test_a_folder_that_says_no_base(tmp_path, base, shelf):
+    with pytest.raises(InfuseError, match=r"no adapter that can be served.*--base"):
+        open_engine(ServeConfig(tmp_path))
+    put(b"rubbish", tmp_path / "broken")
+    with pytest.raises(InfuseError, match="no adapter that can be served"):
+        open_engine(ServeConfig(tmp_path))
+    shutil.copytree(shelf / "ada", tmp_path / "zed")
+    engine = open_engine(ServeConfig(tmp_path))
+    assert engine.base.name == base.name and engine.precision == "fp32"
+    assert engine.batcher.drain(5)
+
+
+def test_a_thousand_adapters_are_found_quickly(tmp_path, base, shelf):
+    for i in range(1000):
+        (tmp_path / f"{i:04}").mkdir()
+        os.link(shelf / "bob" / WEIGHTS, tmp_path / f"{i:04}" / WEIGHTS)
+    with Inside(tmp_path, base, watch=0, resident=8) as server:
+        assert len(server.ask("GET", "/v1/adapters").json["adapters"]) == 1000
+        asyncio.run(asyncio.wait_for(asyncio.to_thread(ask_some, server), 20))
+        until(lambda: len(base.model.infuse.adapters) == 8)
+
+
+def ask_some(server):
+    for i in range(0, 1000, 50):
+        assert server.classify(f"{i:04}", "hello").status == 200
