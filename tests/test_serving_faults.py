@@ -241,6 +241,15 @@ def test_who_goes_away_gives_up_his_place(held, shelf):
     assert held.classify(shelf[1][0], "a").status == 200
 
 
+def test_who_goes_away_while_sending_an_adapter_is_no_failure_of_the_server(held):
+    raw = request("POST", "/v1/adapters/new", b"x" * 1000, {"Authorization": f"Bearer {TOKEN}"})
+    with held.connect() as connection:
+        connection.sendall(raw[:-500])
+    series = 'infuse_requests_total{route="/v1/adapters/{name}",status="%d"}'
+    until(lambda: held.metric(series % 499) == 1)
+    assert held.metric(series % 500) == 0
+
+
 def test_a_row_that_fails_fails_alone(held, shelf):
     forward, calls = held.engine._forward, count()
 

@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import Field
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 import infuse
 from infuse.heads import answer
@@ -83,6 +84,7 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _failed)
 
     @app.post("/v1/classify", response_model=schema.Answered | list[schema.Answered], responses=_REFUSED)
@@ -222,6 +224,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """For the count alone: nobody reads it."""
+    return JSONResponse({"error": "The client has gone."}, 499)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
