@@ -1,5 +1,7 @@
 """Infuse: parameter-efficient fine-tuning beyond LoRA, under one core."""
 
+from typing import TYPE_CHECKING, Any
+
 from infuse.arch import Arch as Arch
 from infuse.arch import Part as Part
 from infuse.arch import Residual as Residual
@@ -29,4 +31,16 @@ from infuse.model import route as route
 from infuse.model import summary as summary
 from infuse.model import unmerge as unmerge
 
+if TYPE_CHECKING:
+    from infuse.client import AsyncClient as AsyncClient
+    from infuse.client import Client as Client
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Client", "AsyncClient"):  # on first use: they need httpx, which nothing else does
+        from infuse import client
+
+        return getattr(client, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

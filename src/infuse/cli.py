@@ -51,14 +51,16 @@ class EvaluateConfig:
 class PredictConfig:
     """Label texts: from the arguments, a file, or standard input (a text a line)."""
 
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an adapter's folder."""
+    run: tyro.conf.Positional[str]
+    """A run folder, or an adapter's folder; with --url an adapter's name."""
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """The texts; without any (and without --data), they are read from standard input."""
     data: str | None = None
     """A CSV, TSV, JSONL or Parquet file of texts."""
     text: str = "text"
     """Column of the texts in --data."""
+    url: str | None = None
+    """Ask a server of infuse serve instead, e.g. http://localhost:8000."""
     top_k: int = 3
     """How many labels to give per text."""
     format: Literal["table", "json", "csv"] = "table"
@@ -119,6 +121,8 @@ def _predict(config: PredictConfig) -> None:
         raise InfuseError(f"--top-k must be at least 1, not {config.top_k}.")
     if config.data and config.texts:
         raise InfuseError("Give texts either as arguments or by --data, not both.")
+    if config.url is not None and config.base:
+        raise InfuseError("The server of --url has its base already: leave out --base.")
     texts = config.texts
     if config.data:
         texts = read(config.data, text=config.text, labelled=False).texts
@@ -126,7 +130,12 @@ def _predict(config: PredictConfig) -> None:
         texts = tuple(line.strip() for line in sys.stdin if line.strip())
     if not texts:
         raise InfuseError("There is no text to label: give texts as arguments, by --data FILE, or on standard input.")
-    answers = open_run(config.run, config.base).answers(texts, config.top_k)
+    if config.url is not None:
+        from infuse import client  # needs httpx, an optional dependency
+
+        answers = client.predict(config.url, config.run, texts, config.top_k)
+    else:
+        answers = open_run(config.run, config.base).answers(texts, config.top_k)
     console.show_predictions(texts, answers, config.format)
 
 

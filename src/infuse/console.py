@@ -197,10 +197,10 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
         table.add_column("label", overflow="fold")
         table.add_column("confidence", justify="right")
         for text, given in zip(texts, answers, strict=True):
-            top = [(label, f"{100 * p:.1f} %") for label, p in given.top]
+            top = [(escape(label), f"{100 * p:.1f} %") for label, p in given.top]
             rows = [("(out of scope)", ""), *top] if given.refused else top
             for rank, row in enumerate(rows):
-                table.add_row(text if rank == 0 else "", *row, end_section=rank == len(rows) - 1)
+                table.add_row(escape(text) if rank == 0 else "", *row, end_section=rank == len(rows) - 1)
         out.print(table)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -179,18 +179,28 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+class Ranked(NamedTuple):
+    """A label and its probability."""
+
+    label: str
+    confidence: float
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a head says about one text."""
+    """What a head says about one text.
+
+    Attributes:
+        label: the most probable label; None if the text is out of scope, and always in multi-label mode.
+        labels: in multi-label mode those at least half probable, maybe none; else None.
+        confidence: the probability of the most probable label, whether it is given or not.
+        top: the most probable labels, best first, also for a text out of scope.
+    """
 
     label: str | None
-    """The most probable label; ``None`` if the text is out of scope, and always in multi-label mode."""
-    labels: list[str] | None
-    """In multi-label mode those at least half probable, else ``None``."""
+    labels: tuple[str, ...] | None
     confidence: float
-    """The probability of the most probable label, whether it is given or not."""
-    top: list[tuple[str, float]]
-    """The most probable labels with their probabilities, best first."""
+    top: tuple[Ranked, ...]
 
     @property
     def refused(self) -> bool:
@@ -206,10 +216,10 @@ def answer(head: Head, probabilities: Float[np.ndarray, " labels"], top_k: int =
     such rule: they can answer with no label at all.
     """
     order = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
-    top = [(head.labels[i], float(probabilities[i])) for i in order]
+    top = tuple(Ranked(head.labels[i], float(probabilities[i])) for i in order)
     label, confidence = top[0]
     if head.multi:
-        return Answer(None, [head.labels[i] for i in np.flatnonzero(probabilities >= 0.5)], confidence, top)
+        return Answer(None, tuple(head.labels[i] for i in np.flatnonzero(probabilities >= 0.5)), confidence, top)
     return Answer(None if confidence < head.threshold else label, None, confidence, top)
 
 
