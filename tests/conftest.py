@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before the hub's client is imported
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,24 @@ def make_tiny_base(folder: Path) -> Path:
 def toy(tmp_path_factory) -> Path:
     """A CSV file with 20 rows of each of six labels of the bundled sample."""
     return write_rows(tmp_path_factory.mktemp("data") / "toy.csv", LABELS)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of the system; nothing is downloaded."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    program, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
+    if not program or not driver:
+        pytest.skip("no Chromium with its chromedriver here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
+    yield window
+    window.quit()
 
 
 def write_rows(path: Path, labels, count: int = 20) -> Path:

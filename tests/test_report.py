@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import shutil
 from xml.etree import ElementTree
 
 import numpy as np
@@ -132,24 +131,6 @@ def test_names_never_overlap(count):
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium of the system; nothing is downloaded."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    program, driver = next(filter(None, map(shutil.which, names)), None), shutil.which("chromedriver")
-    if not program or not driver:
-        pytest.skip("no Chromium with its chromedriver here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield window
-    window.quit()
 
 
 @pytest.fixture
