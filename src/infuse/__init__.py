@@ -30,6 +30,8 @@ from infuse.model import merge as merge
 from infuse.model import route as route
 from infuse.model import summary as summary
 from infuse.model import unmerge as unmerge
+from infuse.recommending import RecommendConfig as RecommendConfig
+from infuse.recommending import recommend as recommend
 
 if TYPE_CHECKING:
     from infuse.client import AsyncClient as AsyncClient

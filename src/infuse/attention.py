@@ -19,6 +19,7 @@ SHORT = 256
 """Rows up to this many positions take the path for short rows (docs/decisions.md)."""
 
 _softmax_backward = torch.ops.aten._softmax_backward_data
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 Query = Float[Tensor, "rows heads positions width"]
 Keys = Float[Tensor, "rows key_heads keys width"]
@@ -93,7 +94,14 @@ def attention(
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     bias = kwargs.get("position_bias")
     fixed = bias is None or not bias.requires_grad
-    if query.device.type != "cpu" or key.shape[2] > SHORT or not (trains and fixed) or kwargs.get("cache") is not None:
+    if (
+        query.device.type not in ("cpu", "meta")
+        or key.shape[2] > SHORT
+        or not (trains and fixed)
+        or kwargs.get("cache") is not None
+    ):
+        if query.is_meta:
+            return _shapes(query, key, value, attention_mask), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias
@@ -111,9 +119,17 @@ def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, drop
     return torch.matmul(F.dropout(p, dropout), v).transpose(1, 2).contiguous()
 
 
+def _shapes(q: Query, k: Keys, v: Keys, mask: Tensor | None) -> Mixed:
+    """torch's kernel on the meta device, where ``scaled_dot_product_attention`` would keep all scores."""
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    return _kernel(q, k, v, attn_mask=mask)[0].transpose(1, 2).contiguous()
+
+
 def choose(model: PreTrainedModel) -> None:
-    """Let a model on the CPU use :func:`attention` if it can, and plain operations if not."""
-    if next(model.parameters()).device.type == "cpu":
+    """Let a model on the CPU (or on none) use :func:`attention` if it can, and plain operations if not."""
+    if next(model.parameters()).device.type in ("cpu", "meta"):
         model.set_attn_implementation(NAME if model._supports_sdpa else "eager")
 
 

@@ -99,13 +99,13 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         logging.disable_progress_bar()  # nothing to wait for, unlike a download
     try:
         config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = tokenizer_of(name)
         extra: dict[str, Any] = {"dtype": dtype}
         if labels is not None:
             auto: Any = AutoModelForSequenceClassification
             extra["num_labels"] = labels
         else:
-            auto = AutoModelForTextEncoding if config.model_type in ("t5", "mt5") else AutoModel
+            auto = _encoding(config)
         model = auto.from_pretrained(source, **extra)
         choose(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -114,8 +114,6 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     known = ALIASES.get(name, name)
@@ -123,23 +121,53 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
     how = _pooling(source, config.model_type) if pooling == "auto" else pooling
     if how not in POOLINGS:
         raise InfuseError(f"Unknown pooling {how!r}; choose from {', '.join(POOLINGS)}.")
-    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or config.dim
-    return BaseModel(name, model.eval(), tokenizer, how, int(width))
+    return BaseModel(name, model.eval(), tokenizer, how, _width(config))
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """A base's tokenizer; without a token to pad with, it pads with the one that ends a text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InfuseError(_why(name, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def skeleton(name: str) -> nn.Module:
     """A base model without weights (on the meta device), from its config alone: for counting and for its sites."""
+    return _without_weights(name, lambda _: AutoModel, "fp32")
+
+
+def outline(name: str, precision: str = "fp32") -> BaseModel:
+    """What :func:`load_base` loads, but without weights and tokenizer: for counting what training would take."""
+    model: Any = _without_weights(name, _encoding, precision)
+    choose(model)
+    return BaseModel(name, model.eval(), None, "mean", _width(model.config))  # type: ignore[arg-type]  # no texts here
+
+
+def _without_weights(name: str, auto: Callable[[Any], Any], precision: str) -> nn.Module:
     source = locate(name)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
-            return AutoModel.from_config(config)
+            return auto(config).from_config(config, dtype=dtype_of(precision))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _encoding(config: Any) -> Any:
+    """The class that gives hidden states of texts."""
+    return AutoModelForTextEncoding if config.model_type in ("t5", "mt5") else AutoModel
+
+
+def _width(config: Any) -> int:
+    return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or config.dim)
 
 
 def locate(name: str) -> str:

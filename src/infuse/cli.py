@@ -18,6 +18,7 @@ from infuse.errors import InfuseError, listed
 from infuse.export import merge_run
 from infuse.method import make, registry, spelled
 from infuse.model import attach, detach, summary
+from infuse.recommending import RecommendConfig, recommend
 from infuse.serving import ServeConfig, serve
 from infuse.sites import find_sites
 from infuse.training.fusing import AverageConfig, FuseConfig, average_runs, fuse_runs
@@ -183,12 +184,20 @@ def _serve(config: ServeConfig) -> None:
     serve(config, say=lambda line: console.err.print(line, markup=False, soft_wrap=True))
 
 
+def _recommend(config: RecommendConfig) -> None:
+    found = recommend(config, say=console.say, spent=console.seconds_since_start())
+    console.show_recommendation(found)
+    if found.train is None:
+        sys.exit(1)
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "train": (TrainConfig, _train),
     "tune": (TuneConfig, _tune),
     "fuse": (FuseConfig, _fuse),
     "average": (AverageConfig, _average),
     "compare": (CompareConfig, _compare),
+    "recommend": (RecommendConfig, _recommend),
     "evaluate": (EvaluateConfig, _evaluate),
     "calibrate": (CalibrateConfig, _calibrate),
     "predict": (PredictConfig, _predict),
@@ -200,7 +209,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``infuse``: exit code 0, or 2 and one sentence for a user's mistake."""
+    """Entry point of ``infuse``: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         config = _parse(arguments)
@@ -228,10 +237,28 @@ def _parse(arguments: list[str]) -> Any:
     return tyro.cli(
         union,
         prog="infuse",
-        args=arguments,
+        args=_joined(arguments, "--must"),
         description="Parameter-efficient fine-tuning of text classifiers: "
-        "train, tune, compare, calibrate, predict, merge.",
+        "train, tune, compare, recommend, calibrate, predict, serve, merge.",
     )
+
+
+def _joined(arguments: list[str], name: str) -> list[str]:
+    """``--must a … --must b`` as ``… --must a b``: else the last would win, and a constraint be lost in silence."""
+    others: list[str] = []
+    values: list[str] = []
+    taking = False
+    for argument in arguments:
+        flag, given, value = argument.partition("=")
+        if argument.startswith("-"):
+            taking = flag == name
+        if not taking:
+            others.append(argument)
+        elif flag != name:
+            values.append(argument)
+        elif given:
+            values.append(value)
+    return [*others, name, *values] if values or name in arguments else others
 
 
 def _option(arguments: list[str], name: str) -> str | None:

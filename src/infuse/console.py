@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from infuse.calibrating import Calibration
 from infuse.heads import Answer
+from infuse.recommending import Recommendation
 from infuse.report import Report
 from infuse.sites import Site
 from infuse.training.run import Run
@@ -168,6 +171,31 @@ def show_comparison(report: Report, folder: Path) -> None:
         table.add_row(*(whole.columns[i].spell(row[i]) for i in shown))
     out.print(table)
     out.print(f"report: {folder / 'report.html'}  (also .csv, .json, .md, and a PNG per figure)", soft_wrap=True)
+
+
+def show_recommendation(found: Recommendation) -> None:
+    """The answer, the candidates with what rules each out, and the command to run."""
+    report, whole = found.report, found.report.tables[0]
+    rounds = [column.title for column in whole.columns if column.title.startswith("round")]
+    titles = ["candidate", "% of base", "file kB", "training MB", *rounds[-1:], "verdict"]
+    shown = [i for i, column in enumerate(whole.columns) if column.title in titles]
+    table = Table(title=f"{report.title}\n{report.subtitle}", title_justify="left")
+    for i in shown:
+        text = whole.columns[i].title in ("candidate", "verdict")
+        table.add_column(whole.columns[i].title, justify="left" if text else "right", overflow="fold")
+    for row in whole.rows:
+        table.add_row(*(escape(whole.columns[i].spell(row[i])) for i in shown))
+    out.print(table)
+    for line in report.answer:
+        out.print(line, markup=False)
+    if found.train is not None:
+        out.print(report.commands[-1], soft_wrap=True, markup=False)
+    out.print(f"report: {found.folder / 'report.html'}  (also .csv, .json, .md, and train.yaml)", soft_wrap=True)
+
+
+def seconds_since_start() -> float:
+    """How long ago this process began."""
+    return time.time() - psutil.Process().create_time()
 
 
 def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str) -> None:

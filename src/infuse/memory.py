@@ -4,6 +4,7 @@ import ctypes
 import gc
 import resource
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Storages = dict[int, torch.UntypedStorage]
 
@@ -27,7 +29,7 @@ def saved_for_backward() -> Iterator[Storages]:
 
     def keep(tensor: Any) -> Any:
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     def pack(tensor: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def bytes_saved(model: nn.Module, steps: Iterable[Callable[[], Any]]) -> list[in
 
     The model's parameters and buffers, and whatever stays from one step to the next, are left out.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     counts, before = [], {}
     for step in steps:
         with saved_for_backward() as kept:
@@ -58,6 +60,51 @@ def bytes_saved(model: nn.Module, steps: Iterable[Callable[[], Any]]) -> list[in
         counts.append(sum(s.nbytes() for place, s in kept.items() if place not in own and place not in before))
         before = kept  # which also keeps these storages alive: no new one can take their place
     return counts[1:]
+
+
+class Ledger(TorchDispatchMode):
+    """Within the block, counts the bytes of all tensors that operations make, for as long as they live.
+
+    The model's parameters and buffers are left out. On the meta device, where tensors have no values, it also answers
+    what models ask about values (is no row padded? is an entry zero?) with no: so a step can be counted from a model's
+    configuration alone.
+
+    Attributes:
+        peak: the most bytes that lived at once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.peak = self.live = 0
+        self.alive: dict[int, Any] = {}
+        """Address → a reference that tells when the storage is gone; none for what the model owns."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            self.alive[tensor.untyped_storage()._cdata] = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is _VALUE and args[0].is_meta:
+            return 0
+        out = func(*args, **kwargs or {})
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, Tensor):
+                self.enter(tensor.untyped_storage())
+        return out
+
+    def enter(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.alive:
+            return
+
+        def leave(_: object) -> None:
+            del self.alive[place]
+            self.live -= size
+
+        self.alive[place] = weakref.ref(storage, leave)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+_VALUE = torch.ops.aten._local_scalar_dense.default
 
 
 class Peak:
@@ -89,6 +136,11 @@ class Peak:
             unit = 1 if sys.platform == "darwin" else 1024
             return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.start
         return _status("VmHWM") - self.start
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return _status("VmRSS")
 
 
 def _attributes() -> Iterator[Any]:

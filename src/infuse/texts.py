@@ -15,6 +15,8 @@ from infuse.model import route
 from infuse.sites import model_type
 
 Tokens = list[list[int]]
+TOKENS = 4096
+"""Tokens of a batch without gradients, padding included."""
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
@@ -37,7 +39,7 @@ def pad(tokens: Sequence[list[int]], pad_id: int, device: torch.device | str = "
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def batches(tokens: Tokens, budget: int = 4096) -> Iterator[list[int]]:
+def batches(tokens: Tokens, budget: int = TOKENS) -> Iterator[list[int]]:
     """Indices of rows of similar length, longest first; a padded batch holds at most ``budget`` tokens."""
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
     start = 0

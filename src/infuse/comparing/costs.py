@@ -89,10 +89,12 @@ def file_size(base: BaseModel) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def latency(base: BaseModel, tokens: Tokens, adapter: str | None, seconds: float = 1.5) -> dict[str, float]:
+def latency(
+    base: BaseModel, tokens: Tokens, adapter: str | None, seconds: float = 1.5, sizes: Sequence[int] = BATCHES
+) -> dict[str, float]:
     """Median milliseconds of a call on real rows, per number of rows in the batch; ``None`` is the bare base."""
     device = next(base.model.parameters()).device
-    return {str(size): 1e3 * _median(base, tokens, size, adapter, device, seconds) for size in BATCHES}
+    return {str(size): 1e3 * _median(base, tokens, size, adapter, device, seconds) for size in sizes}
 
 
 @torch.inference_mode()
@@ -119,11 +121,11 @@ def capabilities(base: BaseModel, tokens: Tokens) -> dict[str, Any]:
     model = base.model
     activate(model, ADAPTER)
     facts: dict[str, Any] = {"latency": latency(base, tokens, ADAPTER), "merged": None}
-    with _twin(base) as twin:
-        facts["mixed"] = twin and _mixes(base, tokens[:3])
-        facts["fusable"] = twin and _possible(lambda: fusable_sites(model, [ADAPTER, "twin"]))
+    with twin(base) as two:
+        facts["mixed"] = two and _mixes(base, tokens[:3])
+        facts["fusable"] = two and possible(lambda: fusable_sites(model, [ADAPTER, "twin"]))
     activate(model, ADAPTER)
-    facts["mergeable"] = _possible(lambda: merge(model, ADAPTER))
+    facts["mergeable"] = possible(lambda: merge(model, ADAPTER))
     if facts["mergeable"]:
         facts["merged"] = latency(base, tokens, ADAPTER)
         unmerge(model)
@@ -131,14 +133,14 @@ def capabilities(base: BaseModel, tokens: Tokens) -> dict[str, Any]:
 
 
 @contextmanager
-def _twin(base: BaseModel) -> Iterator[bool]:
+def twin(base: BaseModel) -> Iterator[bool]:
     """A fresh adapter of the same method beside the trained one; gives whether the model takes it."""
     method = store_of(base.model)[ADAPTER].method
-    possible = _possible(lambda: attach(base.model, method, "twin", trained=()))
+    taken = possible(lambda: attach(base.model, method, "twin", trained=()))
     try:
-        yield possible
+        yield taken
     finally:
-        if possible:
+        if taken:
             detach(base.model, "twin")
 
 
@@ -160,7 +162,8 @@ def _mixes(base: BaseModel, tokens: Tokens) -> bool:
     return bool(off <= bound * alone.abs().max())
 
 
-def _possible(action: Callable[[], Any]) -> bool:
+def possible(action: Callable[[], Any]) -> bool:
+    """Whether an action goes through; it is done, unless Infuse refuses it."""
     try:
         action()
     except InfuseError:

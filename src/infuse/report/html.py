@@ -18,6 +18,7 @@ def as_html(report: Report) -> str:
     return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(report.title),
         subtitle=escape(report.subtitle),
+        answer="".join(f"<p class='answer'>{escape(line)}</p>" for line in report.answer),
         first=tables[0] if tables else "",
         figures=f'<div class="figures">{figures}</div>' if figures else "",
         rest="".join(tables[1:]),

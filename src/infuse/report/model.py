@@ -97,7 +97,7 @@ Figure = Scatter | Lines
 
 @dataclass(frozen=True)
 class Report:
-    """A title, a line below it, tables, figures, notes in sentences, and the commands that repeat it."""
+    """A title, a line below it, an answer in sentences, tables, figures, notes, and the commands that repeat it."""
 
     title: str
     subtitle: str = ""
@@ -105,3 +105,4 @@ class Report:
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
     commands: Sequence[str] = ()
+    answer: Sequence[str] = ()

@@ -28,7 +28,7 @@ def as_json(report: Report) -> str:
 
 def as_markdown(report: Report, pictures: Sequence[str]) -> str:
     """The report for a README or an issue; ``pictures`` are the files of its figures."""
-    parts = [f"# {report.title}", report.subtitle]
+    parts = [f"# {report.title}", report.subtitle, *report.answer]
     for table in report.tables:
         parts += [f"## {table.title}", _table(table), table.caption]
     for figure, picture in zip(report.figures, pictures, strict=True):

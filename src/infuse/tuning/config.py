@@ -1,6 +1,5 @@
 """The settings of ``infuse tune``."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from infuse.errors import InfuseError
 from infuse.precision import Precision
 from infuse.training.run import TrainConfig
 from infuse.training.settings import Settings, check_kinds
+from infuse.units import seconds
 
 
 @dataclass
@@ -71,12 +71,7 @@ class TuneConfig:
     @property
     def seconds(self) -> float | None:
         """The time limit."""
-        if self.time is None:
-            return None
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", self.time.strip())
-        if not match or not float(match[1]):
-            raise InfuseError(f"The time {self.time!r} is not understood: write 90s, 10m or 2h.")
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+        return None if self.time is None else seconds(self.time)
 
     @property
     def ranges(self) -> dict[str, Any]:
