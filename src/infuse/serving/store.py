@@ -122,7 +122,9 @@ class Store:
         """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
         known = {entry.name: entry.stamp for entry in self.entries.values()}
         present, changed = await asyncio.to_thread(self._look, known)
-        for name in known.keys() - present:  # others may have come meanwhile
+        for name in known.keys() - present:
+            if any(files.find(self.root, name)):  # it has come since
+                continue
             entry = self.entries.pop(name)
             self._unload(entry)
             self.forgotten(name)
@@ -230,23 +232,26 @@ class Store:
         if entry.error and now == entry.stamp:
             raise refusals.unusable(entry.name, entry.error)
         entry.stamp = now
+        fresh: Served | None = None
         try:
             file, facts = await asyncio.to_thread(self._read, entry.folder)
             if entry.served is None or entry.served.facts.version != facts.version:
                 inner = f"served {next(self.numbers)}"
                 adapter = await self._in_model(lambda: files.attach(self.model, file, inner))
-                served = Served(entry.name, inner, facts, adapter.head)
-                if entry.withdrawn or self.entries.get(entry.name) is not entry:  # meanwhile
-                    self._retire(served)
-                    raise refusals.unknown(entry.name)
-                self._swap(entry, served)
-        except refusals.RefusedError:
-            raise
+                fresh = Served(entry.name, inner, facts, adapter.head)
         except InfuseError as error:
+            if not any(files.find(self.root, entry.name)):  # gone since the last look at the folder
+                raise refusals.unknown(entry.name) from None
             # An older version that is in memory goes on answering.
             entry.error = str(error)
             raise refusals.unusable(entry.name, entry.error) from None
         entry.facts, entry.error = facts, None
+        if fresh is None:
+            return
+        if entry.withdrawn or self.entries.get(entry.name) is not entry:  # while it was being loaded
+            self._retire(fresh)
+            raise refusals.unknown(entry.name)
+        self._swap(entry, fresh)
 
     def _swap(self, entry: Entry, served: Served) -> None:
         old, entry.served = entry.served, served

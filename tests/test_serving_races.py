@@ -1,0 +1,115 @@
+"""What happens to an adapter while its file is being read: a reload, a withdrawal, a removal, a return."""
+
+import asyncio
+import shutil
+import threading
+
+import pytest
+import torch
+from serving import write
+
+import infuse.serving.store as store_module
+from infuse.bases import load_base
+from infuse.model import store_of
+from infuse.serving import ServeConfig, files
+from infuse.serving.engine import Engine
+from infuse.serving.refusals import RefusedError
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Reading a file now waits: ``begun`` is set when it has the content, and it goes on with ``go``."""
+
+    class Slow:
+        begun, go = threading.Event(), threading.Event()
+
+    def read(folder, content=None):
+        file = inner(folder, content)
+        Slow.begun.set()
+        assert Slow.go.wait(30)
+        return file
+
+    inner = files.read
+    monkeypatch.setattr(store_module.files, "read", read)
+    return Slow
+
+
+@pytest.fixture
+def made(tmp_path, tiny_base):
+    """A folder with version A of one adapter, the folder of version B, and a function that makes an engine."""
+    base, generator = load_base(str(tiny_base)), torch.Generator().manual_seed(0)
+    for path in ("served/x", "B"):
+        write(base, tmp_path / path, "ia3", generator, 3)
+    return tmp_path / "served", tmp_path / "B", lambda: Engine(ServeConfig(tmp_path / "served"), base)
+
+
+def test_a_reload_never_joins_a_load_that_read_the_old_file(made, slow):
+    root, new, engine = made
+
+    async def work() -> None:
+        store = engine().store
+        leasing = asyncio.create_task(store.lease("x"))
+        await asyncio.to_thread(slow.begun.wait)
+        shutil.copytree(new, root / "x", dirs_exist_ok=True)
+        loading = asyncio.create_task(store.load("x"))
+        await asyncio.sleep(0.05)
+        slow.go.set()
+        store.release(await leasing)
+        entry = await loading
+        assert entry.served is not None and entry.served.facts.version == files.read(new).version
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("change", ["withdraw", "remove"])
+def test_what_goes_away_while_it_is_loaded_is_not_served(made, slow, change):
+    root, _, engine = made
+
+    async def work() -> None:
+        own = engine()
+        store = own.store
+        leasing = asyncio.create_task(store.lease("x"))
+        await asyncio.to_thread(slow.begun.wait)
+        if change == "withdraw":
+            store.withdraw("x")
+        else:
+            shutil.rmtree(root / "x")
+            await store.refresh()
+        slow.go.set()
+        with pytest.raises(RefusedError, match="no adapter"):
+            await leasing
+        with pytest.raises(RefusedError, match="no adapter"):
+            await store.lease("x")
+        assert not store.recent
+        await asyncio.to_thread(own.batcher.drain, 30)
+        assert not hasattr(own.base.model, "infuse") or not store_of(own.base.model).adapters
+
+    asyncio.run(work())
+
+
+def test_a_folder_that_is_gone_is_unknown(made):
+    root, _, engine = made
+
+    async def work() -> None:
+        store = engine().store
+        await store.refresh()
+        shutil.rmtree(root / "x")
+        with pytest.raises(RefusedError) as refused:
+            await store.lease("x")
+        assert refused.value.status == 404
+
+    asyncio.run(work())
+
+
+def test_an_adapter_that_returns_during_a_look_stays(made, monkeypatch):
+    *_, engine = made
+
+    async def work() -> None:
+        store = engine().store
+        await store.refresh()
+        entry = await store.load("x")
+        monkeypatch.setattr(store, "_look", lambda known: (set(), []))  # as if it had been away for a moment
+        await store.refresh()
+        assert store.known("x") is entry and entry.status == "resident"
+
+    asyncio.run(work())
