@@ -404,3 +404,15 @@ def test_a_query_serves_its_token_and_a_key_the_others(kind):
 def test_a_method_is_a_file_of_at_most_150_lines():
     for path in Path(infuse.methods.__file__).parent.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
+
+
+def test_trained_norms_run_in_a_bfloat16_trunk():
+    model = tiny("bert").eval().bfloat16()
+    batch = inputs(model)
+    for name in ("a", "b"):
+        infuse.attach(model, "compacter:width=4,train_norms=true", name)
+        wake(model, name)
+    with torch.inference_mode():
+        for names in ("a", ["a"] * len(batch["input_ids"])):
+            with infuse.route(model, names):
+                assert model(**batch).last_hidden_state.dtype == torch.bfloat16

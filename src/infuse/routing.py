@@ -377,6 +377,7 @@ def run_copies(
 
 def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     dtype = next(module.parameters()).dtype
-    args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    out = module(*args, **kwargs)
-    return out.to(args[0].dtype) if isinstance(out, Tensor) else out
+    own = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    out = module(*own, **kwargs)
+    # A norm hands on the trunk's dtype, which the next module needs; a head's logits keep their precision.
+    return out.to(args[0].dtype) if isinstance(out, Tensor) and out.shape == args[0].shape else out
