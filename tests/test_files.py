@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 import infuse
 from infuse import IA3, InfuseError, LoRA
+from infuse.adapter import Adapter
 from infuse.checkpoint import HEADER, header
 from infuse.heads import Head, classify
 from infuse.model import store_of
@@ -398,3 +399,20 @@ def test_plain_state_dicts_are_read(plain):
     model = tiny("bert")
     infuse.load(model, plain)
     assert torch.equal(output(model, inputs(model)), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "pfeiffer"])
+def test_loading_walks_no_other_adapter(tmp_path, monkeypatch, method):
+    model = tiny("bert")
+    infuse.attach(model, method, "a")
+    infuse.save(model, "a", tmp_path / "a")
+    walk = Adapter.named_modules
+
+    def named_modules(self, *args, **kwargs):
+        assert self.name != "a", "with a thousand adapters attached, loading one more would take long"
+        return walk(self, *args, **kwargs)
+
+    monkeypatch.setattr(Adapter, "named_modules", named_modules)
+    infuse.load(model, tmp_path / "a", "b")
+    infuse.detach(model, "b")
+    assert list(store_of(model).adapters) == ["a"]

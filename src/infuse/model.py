@@ -128,10 +128,10 @@ class Base:
 
 def store_of(model: nn.Module) -> Infused:
     """``model.infuse``, also through wrappers such as DistributedDataParallel or ``torch.compile``."""
-    for module in model.modules():
-        if isinstance(module, Infused):
-            return module
-    raise InfuseError("Nothing is attached to this model; call infuse.attach(model, method, name=...) first.")
+    own = getattr(owner_of(model), "infuse", None)
+    if not isinstance(own, Infused):
+        raise InfuseError("Nothing is attached to this model; call infuse.attach(model, method, name=...) first.")
+    return own
 
 
 def owner_of(model: nn.Module) -> nn.Module:
@@ -273,13 +273,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             raise InfuseError(f"Adapter {each.name!r} mixes {listed(sorted(used))}; detach it first.")
     if store.merged in names:
         unmerge(model)
-    acted = {place for each in names for place in store[each].places}
+    lonely = {place for each in names for place in store[each].places}
     for each in names:
         store.banks.forget(store[each])
         del store.adapters[each]
         if store.active == each:
             store.active = None
-    if acted.difference(*(each.places for each in store.adapters.values())):  # type: ignore[arg-type]  # of adapters
+    for each in store.adapters.values():
+        if not lonely:  # soon, where many adapters are alike
+            break
+        lonely -= each.places  # type: ignore[operator]  # of adapters
+    if lonely:
         store.retap(model)
     if not store.adapters:
         for handle in store.ends:

@@ -5,7 +5,7 @@ them, and cut apart again on reading our own files.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -117,7 +117,7 @@ def modules(
     """Group a file's tensors by module of the model, whatever prefix either carries; and what belongs to no delta."""
     grouped: dict[str, dict[str, Tensor]] = {}
     rest, lost = {}, []
-    linear = {n for n, m in model.named_modules() if not n.startswith("infuse") and linear_features(m)}
+    linear = {n for n, m in _modules(model) if linear_features(m)}
     for key, value in tensors.items():
         bare = key.removeprefix(PREFIX).removesuffix(".weight") if "magnitude" in key else key.removeprefix(PREFIX)
         suffix = next((s for s in cls.peft_keys.values() if bare.endswith("." + s)), None)
@@ -140,7 +140,7 @@ def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | N
     PEFT strips ``modules_to_save.<adapter>.`` from the keys, so that ``classifier.weight`` remains; ``saved`` is the
     config's list of such modules' names.
     """
-    paths = [n for n, _ in model.named_modules() if n and not n.startswith("infuse")]
+    paths = [n for n, _ in _modules(model) if n]
     names = tuple(saved or [n for n, _ in model.named_children()])
     copies: dict[str, dict[str, Tensor]] = {}
     for key, value in rest.items():
@@ -157,6 +157,11 @@ def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | N
                 copies.setdefault(path, {})[".".join(parts[end:])] = value
                 break
     return copies
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules; those of the adapters, of which there may be thousands, aren't even walked."""
+    return model.named_modules(memo={getattr(model, "infuse", None)})  # type: ignore[arg-type]  # None is no module
 
 
 def named(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
