@@ -1,5 +1,6 @@
 """Folders of adapters for the tests of serving: every method, labels of different numbers, one tiny base."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ def fill(
 def write(
     loaded, folder: Path, method: str, generator: torch.Generator, labels: int, precision: str = "fp32", **head: Any
 ) -> None:
-    """One adapter of ``method`` with random deltas and a random head, of which ``head`` are more settings."""
-    if isinstance(infuse.make(method), Mixer):
-        for member in ("one", "two"):
-            infuse.attach(loaded.model, "pfeiffer", member)
+    """One adapter of ``method`` with random deltas and a random head (of these settings)."""
+    if method == "stack" or isinstance(infuse.make(method), Mixer):
+        for member, inner in {"one": "pfeiffer", "two": "lora" if method == "stack" else "pfeiffer"}.items():
+            infuse.attach(loaded.model, inner, member)
             _scatter(loaded.model, member, generator)
-        adapter = infuse.fuse(loaded.model, ["one", "two"], method, "adapter")
+        join = infuse.stack if method == "stack" else partial(infuse.fuse, method=method)
+        adapter = join(loaded.model, ["one", "two"], name="adapter")
     else:
         adapter = infuse.attach(loaded.model, method, "adapter")
     _scatter(loaded.model, "adapter", generator)
