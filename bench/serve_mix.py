@@ -8,8 +8,8 @@ swapped by replacing their file (seen by the watch on the folder, or reloaded by
 and brought back, moved out of the folder and back, and evicted, as fewer are resident than there are.
 
 Every answer names its version. It must be one that was in force while the request was under way, and equal what
-``infuse predict`` gives with that version: the same label, and confidences within the bound. Where two labels are within
-the bound of each other, either may be on top; such ties are counted. 404 is right only while an adapter is away.
+``infuse predict`` gives with that version: the same label, and confidences within the bound. Where two labels are
+within the bound of each other, either may be on top; such ties are counted. 404 is right only while an adapter is away.
 """
 
 import argparse
@@ -179,7 +179,8 @@ class Changes:
         until = time.perf_counter() + 60
         while (await self._status(subject))["version"] != subject.now:
             if time.perf_counter() > until:
-                raise RuntimeError(f"{subject.name}: the server does not see its new file")
+                self.tally.note(subject.method, "stale", f"{subject.name}: its new file is not seen")
+                return
             await asyncio.sleep(0.05)
         subject.settle()
 

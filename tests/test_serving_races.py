@@ -61,6 +61,30 @@ def test_a_reload_never_joins_a_load_that_read_the_old_file(made, slow):
     asyncio.run(work())
 
 
+def test_a_file_that_was_replaced_during_a_load_is_seen_by_the_next_look(made, slow):
+    root, new, engine = made
+
+    async def work() -> None:
+        store = engine().store
+        slow.go.set()
+        await store.refresh()
+        slow.go.clear()
+        slow.begun.clear()
+        leasing = asyncio.create_task(store.lease("x"))
+        await asyncio.to_thread(slow.begun.wait)
+        shutil.copytree(new, root / "x", dirs_exist_ok=True)
+        looking = asyncio.create_task(store.refresh())
+        await asyncio.sleep(0.1)
+        slow.go.set()
+        await looking
+        store.release(await leasing)
+        await store.refresh()
+        served = store.known("x").served
+        assert served is not None and served.facts.version == files.read(new).version
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize("change", ["withdraw", "remove"])
 def test_what_goes_away_while_it_is_loaded_is_not_served(made, slow, change):
     root, _, engine = made

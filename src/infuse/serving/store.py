@@ -231,7 +231,6 @@ class Store:
         now = await asyncio.to_thread(files.stamp, entry.folder)
         if entry.error and now == entry.stamp:
             raise refusals.unusable(entry.name, entry.error)
-        entry.stamp = now
         fresh: Served | None = None
         try:
             file, facts = await asyncio.to_thread(self._read, entry.folder)
@@ -243,9 +242,9 @@ class Store:
             if not any(files.find(self.root, entry.name)):  # gone since the last look at the folder
                 raise refusals.unknown(entry.name) from None
             # An older version that is in memory goes on answering.
-            entry.error = str(error)
+            entry.stamp, entry.error = now, str(error)
             raise refusals.unusable(entry.name, entry.error) from None
-        entry.facts, entry.error = facts, None
+        entry.stamp, entry.facts, entry.error = now, facts, None  # in one step: a look at the folder may come between
         if fresh is None:
             return
         if entry.withdrawn or self.entries.get(entry.name) is not entry:  # while it was being loaded
