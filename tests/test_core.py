@@ -416,3 +416,19 @@ def test_trained_norms_run_in_a_bfloat16_trunk():
         for names in ("a", ["a"] * len(batch["input_ids"])):
             with infuse.route(model, names):
                 assert model(**batch).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_copies_of_tapped_modules_have_no_hooks():
+    model = tiny("bert").eval()
+    method = "compacter:width=4,train_norms=true"
+    for name in ("a", "b"):
+        infuse.attach(model, method, name)
+        wake(model, name)
+    copies = [m for name in ("a", "b") for m in store_of(model)[name].copies.values()]
+    assert copies and not any(m._forward_hooks or m._forward_pre_hooks for m in copies)
+    batch = inputs(model)
+    alone = tiny("bert").eval()
+    infuse.attach(alone, method, "b")
+    store_of(alone)["b"].load_state_dict(store_of(model)["b"].state_dict())
+    with torch.inference_mode():
+        close(output(model, batch, "b"), output(alone, batch, "b"))

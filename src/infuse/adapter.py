@@ -1,6 +1,7 @@
 """Deltas and adapters: the modules that hold everything Infuse trains."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -128,13 +129,19 @@ def copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     made = {}
     for path in paths:
         try:
-            module = copy.deepcopy(model.get_submodule(path))
+            module = _copy(model.get_submodule(path))
         except AttributeError:
             names = [n for n, _ in model.named_children() if n != "infuse"]
             raise InfuseError(f"The model has no module {path!r} to train a copy of; it has {listed(names)}.") from None
         module.requires_grad_(True)
         made[key(path)] = module.float()
     return made
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy without hooks: through those of a tap it would copy all adapters, and act for them."""
+    hooks = (value for each in module.modules() for name, value in vars(each).items() if "_hooks" in name)
+    return copy.deepcopy(module, {id(each): OrderedDict() for each in hooks if isinstance(each, dict)})
 
 
 def classification_head(model: nn.Module) -> list[str]:
