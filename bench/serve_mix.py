@@ -108,7 +108,10 @@ class Tally:
         far = max(abs(offline.get(label, np.inf) - confidence) for label, confidence in told.items())
         far = max(far, abs(expected.confidence - got["confidence"]))
         self.largest[subject.method] = max(self.largest[subject.method], far)
-        same = (got["label"], got["labels"]) == (expected.label, expected.labels) and len(told) == len(expected.top)
+        same = (got["label"], got["labels"]) == (
+            expected.label,
+            None if expected.labels is None else list(expected.labels),
+        ) and len(told) == len(expected.top)
         if far > self.bound or not (same or self._tied(version, offline, expected)):
             self.note(subject.method, "wrong", f"{subject.name} off by {far:.2e}: {got} for {expected}")
         elif not same:

@@ -154,14 +154,14 @@ def test_calibration_error_by_hand():
 
 def test_answers():
     head = Head("hf", "abcd", threshold=0.5)
-    assert answer(head, np.array([0.1, 0.6, 0.2, 0.1]), 2) == Answer("b", None, 0.6, [("b", 0.6), ("c", 0.2)])
+    assert answer(head, np.array([0.1, 0.6, 0.2, 0.1]), 2) == Answer("b", None, 0.6, (("b", 0.6), ("c", 0.2)))
     refused = answer(head, np.array([0.1, 0.4, 0.4, 0.1]), 9)
     assert refused.label is None and refused.refused and refused.confidence == 0.4
     assert [label for label, _ in refused.top] == ["b", "c", "a", "d"]
     several = Head("hf", "abc", multi=True, threshold=0.9)
     found = answer(several, np.array([0.6, 0.1, 0.7]), 1)
-    assert found == Answer(None, ["a", "c"], 0.7, [("c", 0.7)]) and not found.refused
-    assert answer(several, np.array([0.1, 0.1, 0.2])).labels == []
+    assert found == Answer(None, ("a", "c"), 0.7, (("c", 0.7),)) and not found.refused
+    assert answer(several, np.array([0.1, 0.1, 0.2])).labels == ()
 
 
 # The file

@@ -117,6 +117,7 @@ class Store:
         served.users -= 1
         if served.retired and not served.users:
             self._detach(served)
+        self._make_room()
 
     async def refresh(self) -> None:
         """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
@@ -259,9 +260,14 @@ class Store:
         log.info("%s: version %s is in memory", entry.name, served.facts.version)
         self.recent[entry.name] = entry
         self.recent.move_to_end(entry.name)
-        idle = [e for e in self.recent.values() if e.served and not (e.served.users or e.waiting or e is entry)]
-        for oldest in idle[: max(0, len(self.recent) - self.resident)]:
-            self._unload(oldest)
+        self._make_room(entry)
+
+    def _make_room(self, newest: Entry | None = None) -> None:
+        """Unload the least recently used adapters beyond those that may stay, except what is in use."""
+        if len(self.recent) > self.resident:
+            idle = [e for e in self.recent.values() if e.served and not (e.served.users or e.waiting or e is newest)]
+            for oldest in idle[: len(self.recent) - self.resident]:
+                self._unload(oldest)
 
     def _unload(self, entry: Entry) -> None:
         self.recent.pop(entry.name, None)
