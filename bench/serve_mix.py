@@ -40,9 +40,9 @@ from infuse.training.run import Predictor, open_run
 
 from serving import write as write_adapter  # isort: skip  # traffic has put it on the path
 
-BOUNDS = {"fp32": 1e-4, "bf16": 0.05}
+BOUNDS = {"fp32": 1e-4, "bf16": 0.02}
 """How far a confidence may be from the offline one. Rows of a batch are padded and grouped otherwise than offline, so
-that sums are taken in another order; see docs/results.md for what bf16 was measured to give."""
+that sums are taken in another order; in bf16 that was seen to make up to 0.008."""
 AWAY = "away"
 
 

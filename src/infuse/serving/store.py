@@ -245,7 +245,10 @@ class Store:
             # An older version that is in memory goes on answering.
             entry.stamp, entry.error = now, str(error)
             raise refusals.unusable(entry.name, entry.error) from None
-        entry.stamp, entry.facts, entry.error = now, facts, None  # in one step: a look at the folder may come between
+        if fresh is not None and files.stamp(entry.folder) != now:  # replaced meanwhile, and maybe told so
+            self._retire(fresh)
+            return await self._load(entry)
+        entry.stamp, entry.facts, entry.error = now, facts, None
         if fresh is None:
             return
         if entry.withdrawn or self.entries.get(entry.name) is not entry:  # while it was being loaded
