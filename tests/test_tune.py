@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import json
 import os
 import shlex
@@ -85,11 +86,22 @@ def study(bases, toy, tmp_path_factory):
     return folder, loaded
 
 
+def test_the_page_of_a_study(study, browser):
+    browser.get((study[0] / "report.html").as_uri())
+    assert browser.get_log("browser") == []
+    drawn = browser.find_elements("css selector", "figure svg")
+    assert [each.get_attribute("aria-label") for each in drawn] == ["History", "Importance", "Parallel"]
+    for each in drawn:
+        assert image.imread(io.BytesIO(each.screenshot_as_png)).std() > 0.02
+    assert len(browser.find_elements("css selector", "#t0 ~ .wide tbody tr")) == 9
+
+
 def test_the_folder_of_a_study(study, bases):
     folder, _ = study
     for name in ("history.png", "importance.png", "parallel.png"):
         assert image.imread(folder / name).std() > 0.02
         assert f"]({name})" in (folder / "report.md").read_text()
+    assert len(json.loads((folder / "report.json").read_text())["tables"][0]["rows"]) == 9
     rows = trials(folder)
     assert len(rows) == 9 and all(row["state"] in ("complete", "pruned") for row in rows)
     assert [row["defaults"] for row in rows] == ["True"] * 4 + ["False"] * 5

@@ -123,7 +123,7 @@ def show_tuned(tuned: Tuned) -> None:
     changed = ", ".join(f"{key} {value}" for key, value in best["settings"].items())
     out.print(f"settings: {changed}", soft_wrap=True, markup=False)
     out.print(
-        f"{tuned.folder}: best/ (the run), best.yaml (repeats it), trials.csv, report.md and plots",
+        f"{tuned.folder}: best/ (the run), best.yaml (repeats it), trials.csv, report.html (also .md, .json, PNG)",
         soft_wrap=True,
     )
 

@@ -1,6 +1,8 @@
 """Reports: tables and figures in, one HTML page, PNG, CSV, JSON and Markdown out. Knows nothing of training."""
 
+from infuse.report.model import Cell as Cell
 from infuse.report.model import Column as Column
+from infuse.report.model import Drawn as Drawn
 from infuse.report.model import Lines as Lines
 from infuse.report.model import Measured as Measured
 from infuse.report.model import Point as Point
@@ -10,4 +12,4 @@ from infuse.report.model import Series as Series
 from infuse.report.model import Table as Table
 from infuse.report.write import write as write
 
-__all__ = ["Column", "Lines", "Measured", "Point", "Report", "Scatter", "Series", "Table", "write"]
+__all__ = ["Cell", "Column", "Drawn", "Lines", "Measured", "Point", "Report", "Scatter", "Series", "Table", "write"]

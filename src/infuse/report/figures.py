@@ -17,7 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from sklearn.isotonic import isotonic_regression
 
-from infuse.report.model import Figure, Lines, Scatter
+from infuse.report.model import Drawn, Figure, Lines, Scatter
 
 INK = "#1d2731"
 """The colour of text and axes; in SVG it becomes ``currentColor``."""
@@ -33,7 +33,7 @@ def svg(figure: Figure, prefix: str) -> str:
     """An ``<svg>`` element without size, colours of its own for data only, and ids that begin with ``prefix``."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        _draw(figure).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        _draw(figure).savefig(buffer, format="svg", metadata={"Date": None}, **_paper(figure, transparent=True))
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.S)
@@ -45,10 +45,17 @@ def svg(figure: Figure, prefix: str) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """The same figure on white."""
-    _draw(figure).savefig(path, dpi=160)
+    _draw(figure).savefig(path, dpi=160, **_paper(figure))
+
+
+def _paper(figure: Figure, **own: Any) -> dict[str, Any]:
+    """What our figures are saved on; those of others bring colours that need white, and margins of any size."""
+    return {"facecolor": "white", "bbox_inches": "tight"} if isinstance(figure, Drawn) else own
 
 
 def _draw(figure: Figure) -> Canvas:
+    if isinstance(figure, Drawn):
+        return figure.draw()
     style: Any = {
         "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
         "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
@@ -85,7 +92,7 @@ def _lines(axes: Axes, figure: Lines) -> None:
     _name(axes, figure, [(series.x[-1], series.y[-1]) for series in given])
 
 
-def _finish(axes: Axes, figure: Figure, log: bool) -> None:
+def _finish(axes: Axes, figure: Scatter | Lines, log: bool) -> None:
     axes.margins(0.08)
     for level in figure.lines.values():
         axes.axhline(level, linestyle="--", linewidth=1, color=INK, alpha=0.6)
@@ -100,7 +107,7 @@ def _finish(axes: Axes, figure: Figure, log: bool) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
 
 
-def _names(figure: Figure) -> list[str]:
+def _names(figure: Scatter | Lines) -> list[str]:
     """Names in the column at the right: of points or series, and then of levels."""
     if isinstance(figure, Scatter):
         named = [point.name for point in figure.points]
@@ -109,7 +116,7 @@ def _names(figure: Figure) -> list[str]:
     return [name if len(name) <= 24 else name[:23] + "…" for name in (*named, *figure.lines)]
 
 
-def _name(axes: Axes, figure: Figure, points: Sequence[tuple[float, float]]) -> None:
+def _name(axes: Axes, figure: Scatter | Lines, points: Sequence[tuple[float, float]]) -> None:
     """Names in the order of their points' heights, a line apart at least."""
     axes.autoscale_view()  # the limits are final from here on
     low, high = axes.get_ylim()

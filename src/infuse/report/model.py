@@ -1,7 +1,8 @@
 """What a report consists of, and how a cell of a table is spelled."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,15 @@ class Lines:
     lines: Mapping[str, float] = field(default_factory=dict)
 
 
-Figure = Scatter | Lines
+@dataclass(frozen=True)
+class Drawn:
+    """A figure that another library draws: ``draw`` gives a matplotlib figure. It stands on white in any scheme."""
+
+    title: str
+    draw: Callable[[], Any]
+
+
+Figure = Scatter | Lines | Drawn
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ def as_csv(table: Table) -> str:
 
 
 def as_json(report: Report) -> str:
-    """The whole report, numbers not rounded."""
-    return json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n"
+    """The whole report, numbers not rounded; of a figure that another library draws, the title."""
+    return json.dumps(asdict(report), indent=1, ensure_ascii=False, default=lambda draw: None) + "\n"
 
 
 def as_markdown(report: Report, pictures: Sequence[str]) -> str:

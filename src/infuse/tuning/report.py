@@ -1,9 +1,10 @@
-"""The result of a study as files: the table of trials, the plots, and a page that brings them together."""
+"""The result of a study: its trials and plots, as a report."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
+from infuse.report import Cell, Column, Drawn, Report, Table
+from infuse.report import write as write_report
 from infuse.training.members import write_csv
 from infuse.training.settings import Settings
-from infuse.tuning.run import REPORT, Tuned
+from infuse.tuning.run import Tuned
 from infuse.tuning.study import quiet
 
 _SCORE = "validation macro-F1"
@@ -53,28 +56,35 @@ def summarise(study: optuna.Study, best: FrozenTrial) -> tuple[dict[str, Any], d
 
 
 def write(study: optuna.Study, tuned: Tuned, folder: Path) -> None:
-    """``trials.csv``, ``history.png``, ``importance.png``, ``parallel.png``, and ``report.md``."""
+    """``trials.csv``, every setting of every trial; and ``report.html``, ``.md``, ``.json`` and plots as PNG."""
     trials = study.get_trials(deepcopy=False)
     write_csv(folder / "trials.csv", [_row(trial) for trial in trials])
-    drawn = _draw(study, folder)
     best, metrics = tuned.best, tuned.run.metrics
     states = ", ".join(f"{count} {state}" for state, count in sorted(tuned.states.items()))
-    lines = [
-        f"# Study {study.study_name}", "",
-        f"{len(trials)} trials ({states}), measured by macro-F1 on the validation rows; test rows played no part.", "",
-        f"Best: trial {best['trial']} with {100 * best['macro_f1']:.2f} on {best['base']}. Trained again for the run "
-        f"folder `{tuned.run.folder.name}/`, it has {100 * metrics['validation']['macro_f1']:.2f}.", "",
-        "| setting | best |", "|---|---|", *(f"| {key} | {value} |" for key, value in best["settings"].items()), "",
-        "The defaults: "
-        + ("; ".join(f"{name} {100 * score:.2f}" for name, score in tuned.defaults.items()) or "none completed")
-        + ". The best of many trials is a little lucky: compare it with the defaults on several fresh seeds before you "
-        "rely on a small gain.", "",
-        "`infuse train --config best.yaml` repeats the best trial.", "",
-        *(f"![{title}]({name}.png)\n" for name, title in drawn.items()),
-        "| trial | how it ended | macro-F1 | method | base |", "|---:|---|---:|---|---|",
-        *(_line(trial) for trial in sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0.0)))),
-    ]  # fmt: skip
-    (folder / REPORT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    defaults = "; ".join(f"{name} {100 * score:.2f}" for name, score in tuned.defaults.items()) or "none completed"
+    ranked = sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0.0)))
+    columns = (
+        Column("trial"), Column("how it ended"), Column("macro-F1 %", ".2f"), Column("method"), Column("base"),
+        Column("seconds", ".1f"),
+    )  # fmt: skip
+    settings = Table(
+        "Settings of the best trial", (Column("setting"), Column("value")),
+        [(name, str(value)) for name, value in best["settings"].items()], "Those off their defaults.",
+    )  # fmt: skip
+    report = Report(
+        f"Study {study.study_name}",
+        f"{len(trials)} trials ({states}), measured by macro-F1 on the validation rows; test rows played no part",
+        tables=[Table("Trials", columns, [_cells(trial) for trial in ranked]), settings],
+        figures=_figures(study),
+        commands=["infuse train --config best.yaml"],
+        answer=[
+            f"Best: trial {best['trial']} with {100 * best['macro_f1']:.2f} on {best['base']}. Trained again for the "
+            f"run folder {tuned.run.folder.name}/, it has {100 * metrics['validation']['macro_f1']:.2f}.",
+            f"The defaults: {defaults}. The best of many trials is a little lucky: compare it with the defaults on "
+            "several fresh seeds before you rely on a small gain.",
+        ],
+    )
+    write_report(report, folder)
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -96,51 +106,44 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-def _line(trial: FrozenTrial) -> str:
+def _cells(trial: FrozenTrial) -> tuple[Cell, ...]:
     facts = trial.user_attrs
-    score = f"{100 * trial.value:.2f}" if trial.value is not None else ""
     how = trial.state.name.lower() + (" (the defaults)" if facts.get("defaults") else "")
     if (first := trial.system_attrs.get("failed_trial")) is not None:
         how += f" (repeats {first})"
     if reason := facts.get("reason"):
-        how += f": {reason}".replace("|", "\\|")
-    method = facts.get("settings", {}).get("method", "")
-    return f"| {trial.number} | {how} | {score} | {method} | {facts.get('base', '')} |"
+        how += f": {reason}"
+    score = None if trial.value is None else 100 * trial.value
+    method = facts.get("settings", {}).get("method")
+    return str(trial.number), how, score, method, facts.get("base"), facts.get("seconds")
 
 
-def _draw(study: optuna.Study, folder: Path) -> dict[str, str]:
-    """The plots that these trials allow: file name → title. Importances need trials that differ."""
+def _figures(study: optuna.Study) -> list[Drawn]:
+    """The plots that these trials allow. Importances need trials that differ."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     shared = sorted(set.intersection(*(set(trial.params) for trial in complete)))
     varied = [name for name in shared if len({trial.params[name] for trial in complete}) > 1]
-    wanted: dict[str, tuple[str, Callable[[], Any]]] = {
-        "history": ("The course of the study", lambda: plots.plot_optimization_history(study, target_name=_SCORE)),
+    wanted: dict[str, Callable[[], Any]] = {
+        "History": lambda: plots.plot_optimization_history(study, target_name=_SCORE),
     }
     if len(complete) > 3 and varied and len({trial.value for trial in complete}) > 1:
-        wanted["importance"] = (
-            "How much the score depends on each setting",
-            lambda: plots.plot_param_importances(study, params=varied, target_name=_SCORE),
-        )
+        wanted["Importance"] = lambda: plots.plot_param_importances(study, params=varied, target_name=_SCORE)
     if len(complete) > 1 and len(varied) > 1:
-        wanted["parallel"] = (
-            "Settings and score of every trial",
-            lambda: plots.plot_parallel_coordinate(study, params=varied, target_name=_SCORE),
-        )
-    for name in ("history", "importance", "parallel"):
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    for name, (_, plot) in wanted.items():
-        with quiet(), pyplot.rc_context():
-            figure = plot().figure
-            for axes in figure.axes:
-                names = [label.get_text() for label in axes.get_yticklabels()]
-                if any(
-                    len(name) > _LONGEST and "$" not in name for name in names
-                ):  # lists of roles would hide the axis beside them
-                    axes.set_yticks(axes.get_yticks(), [_short(name) for name in names])
-            figure.set_size_inches(9 if name != "parallel" else 13, 5)
-            figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-            pyplot.close("all")
-    return {name: title for name, (title, _) in wanted.items()}
+        wanted["Parallel"] = lambda: plots.plot_parallel_coordinate(study, params=varied, target_name=_SCORE)
+    return [Drawn(title, partial(_drawn, plot, 13 if title == "Parallel" else 9)) for title, plot in wanted.items()]
+
+
+def _drawn(plot: Callable[[], Any], width: float) -> Any:
+    with quiet(), pyplot.rc_context():
+        figure = plot().figure
+        for axes in figure.axes:
+            names = [label.get_text() for label in axes.get_yticklabels()]
+            if any(len(name) > _LONGEST and "$" not in name for name in names):
+                # lists of roles would hide the axis beside them
+                axes.set_yticks(axes.get_yticks(), [_short(name) for name in names])
+        figure.set_size_inches(width, 5)
+        pyplot.close(figure)
+    return figure
 
 
 def _short(name: str) -> str:

@@ -29,7 +29,7 @@ from infuse.tuning.space import Candidates, candidates
 if TYPE_CHECKING:
     import optuna
 
-BEST, REPORT, CONFIG = "best", "report.md", "tune.yaml"
+BEST, CONFIG = "best", "tune.yaml"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     """Run trials until the study is complete, then train the best one anew as ``infuse train`` does, and report.
 
     The folder holds ``best.yaml`` (``infuse train --config best.yaml`` repeats the best trial), ``best/`` (that run),
-    ``trials.csv``, ``report.md`` with plots, and, unless the storage is elsewhere, the study.
+    ``trials.csv``, the report with plots, and, unless the storage is elsewhere, the study.
 
     Raises:
         InfuseError: settings or data that cannot work, a storage out of reach, or no trial that completed.
