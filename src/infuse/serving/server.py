@@ -36,6 +36,8 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once all is answered: an end that was asked for is no failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        # Shells start background jobs with this one ignored; uvicorn ends by it all the same, and then so must we.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     uvicorn.Server(uvicorn_config(config, create_app(engine, os.environ.get(TOKEN) or None))).run(sockets=[bound])
 
 
