@@ -81,7 +81,8 @@ class Engine:
                 self.store.release(served)
         answered = [Labelled(s, [next(rows) for _ in texts]) for s, (_, texts) in zip(held, items, strict=True)]
         for each in answered:
-            self.metrics.texts.labels(each.served.name).inc(len(each.probabilities))
+            if each.served.name in self.store.entries:  # or the series of one that has gone meanwhile would come back
+                self.metrics.texts.labels(each.served.name).inc(len(each.probabilities))
         return answered
 
     async def watch(self) -> None:

@@ -124,7 +124,7 @@ class Store:
         known = {entry.name: entry.stamp for entry in self.entries.values()}
         present, changed = await asyncio.to_thread(self._look, known)
         for name in known.keys() - present:
-            if any(files.find(self.root, name)):  # it has come since
+            if any(files.find(self.root, name)) or not self.root.is_dir():  # it has come since, or all are away
                 continue
             entry = self.entries.pop(name)
             self._unload(entry)
