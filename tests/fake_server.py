@@ -120,7 +120,7 @@ def serving(server: FakeServer) -> Iterator[FakeServer]:
             status, answer = server.answer(self.command, self.path, body, token)
             self.reply(status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
-        do_POST = do_DELETE = do_GET  # noqa: N815
+        do_POST = do_DELETE = do_GET  # noqa: N815  # names that http.server calls
 
         def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)

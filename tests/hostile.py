@@ -215,7 +215,7 @@ def numbers(draw: random.Random, known: list[Known]) -> Case:
     value = draw.choice(["NaN", "Infinity", "-Infinity", "1e999", "-0", "0", "-1", "1001", "1.5", "1.0", "true", "null",
                          "9" * 4000, "9" * 5000, "1" + "0" * 100_000, "1e-999", '"1"', "[1]", "{}", "01",
                          "+1"])  # fmt: skip
-    body = '{"adapter": "%s", "texts": ["a"], "top_k": %s}' % (known[0].adapter, value)  # noqa: UP031
+    body = '{"adapter": "%s", "texts": ["a"], "top_k": %s}' % (known[0].adapter, value)  # noqa: UP031  # braces of JSON
     return Case("numbers", [classify(body)], BAD)
 
 

@@ -58,7 +58,7 @@ def test_skipping_the_frozen_layers_changes_nothing(kind):
 
 
 def test_an_adapter_at_the_first_layer_has_no_prefix():
-    base = BaseModel("bert", tiny("bert"), None, "mean", 32)  # type: ignore[arg-type]
+    base = BaseModel("bert", tiny("bert"), None, "mean", 32)  # type: ignore[arg-type]  # no tokenizer is needed
     assert prefix_of(base, infuse.attach(base.model, "ia3", "a")) is None
 
 

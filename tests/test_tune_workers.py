@@ -123,7 +123,7 @@ def assert_one_killed_and_none_lost(study, wanted, killed):
     assert not again.user_attrs["worker"].endswith(f":{killed}")
 
 
-def test_two_workers_on_postgresql_one_of_them_killed(postgres, tiny_base, toy, tmp_path):  # noqa: F811
+def test_two_workers_on_postgresql_one_of_them_killed(postgres, tiny_base, toy, tmp_path):  # noqa: F811  # a fixture
     common = ["tune", "--data", toy, "--bases", tiny_base, "--validation-fraction", "0.25", "--trials", "10",
               "--storage", postgres, "--study", "two", "--grace", "4", "--precision", "fp32",
               "--space", QUICK]  # fmt: skip

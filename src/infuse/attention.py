@@ -50,7 +50,7 @@ class _ShortRows(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Mixed) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Mixed) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
         q, k, v, p = ctx.saved_tensors
         g = _flat(g.transpose(1, 2), k)
         wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
@@ -107,7 +107,7 @@ def attention(
     mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias
     if dropout or not applies(query, key, value):
         return _plain(query, key, value, mask, factor, dropout), None
-    return _ShortRows.apply(query, key, value, mask, factor), None  # type: ignore[return-value]
+    return _ShortRows.apply(query, key, value, mask, factor), None  # type: ignore[return-value]  # as forward gives it
 
 
 def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, dropout: float) -> Mixed:

@@ -67,7 +67,7 @@ class BaseModel:
 
     @property
     def pad_id(self) -> int:
-        return int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id or 0)  # type: ignore[arg-type]  # one token's id, not a list of them
 
     def recall(self, about: str, tokens: list[list[int]], compute: Callable[[], Any]) -> Any:
         """What ``compute`` gives for these token ids, computed once for as long as the base is loaded.

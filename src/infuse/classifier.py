@@ -119,7 +119,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             return [list(self.classes_[row.astype(bool)]) for row in decided]
         return self.classes_[decided]
 
-    def score(self, X: Sequence[str], y: Sequence[Any], sample_weight: Any = None) -> float:  # noqa: N803
+    def score(self, X: Sequence[str], y: Sequence[Any], sample_weight: Any = None) -> float:  # noqa: N803  # scikit-learn's name
         """Accuracy; in multi-label mode, the share of texts whose whole label set is right."""
         predicted = self.predict(X)
         if self._predictor.multi:

@@ -67,7 +67,7 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
             deltas[site_name] = Delta(at.summed(len(adapters)), _detached(at.add(params, weights)))
         else:
             deltas[site_name] = Delta(first.method_at(site), _detached(_weighted(params, weights)))
-    shared: list[dict[str, Tensor]] = [{n: p for n, p in adapter.shared.items()} for adapter in adapters]  # noqa: C416
+    shared: list[dict[str, Tensor]] = [dict(adapter.shared.items()) for adapter in adapters]
     combined = Adapter(name, method, first.sites.values(), deltas, _detached(_weighted(shared, weights)))
     return attach_at(model, combined, trained=())
 

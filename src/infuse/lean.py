@@ -60,11 +60,11 @@ def scale(h: Rows, vector: Float[Tensor, " width"]) -> Rows:
     if not applies(h, vector):
         return h * vector
     if not vector.requires_grad:
-        return _Scale.apply(h, vector, _itself)  # type: ignore[return-value]
+        return _Scale.apply(h, vector, _itself)  # type: ignore[return-value]  # as forward gives it
     recompute, kept = _made(h) or (None, ())
     if recompute is None and (vector.detach().abs() < SMALLEST).any():
         recompute, kept = _itself, (h,)
-    return _Scale.apply(h, vector, recompute, *kept)  # type: ignore[return-value]
+    return _Scale.apply(h, vector, recompute, *kept)  # type: ignore[return-value]  # as forward gives it
 
 
 SMALLEST = 1e-3
@@ -81,7 +81,7 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Rows) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Rows) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
         vector, *kept = ctx.saved_tensors
         grad_h = g * vector if ctx.needs_input_grad[0] else None
         grad_vector = None
@@ -133,7 +133,7 @@ def low_rank(x: Float[Tensor, "*batch in"], a: Float[Tensor, "r in"], b: Float[T
     """``s·B·A·x``; backward keeps x alone."""
     if not applies(x, a, b):
         return F.linear(F.linear(x, a), b) * s
-    return _LowRank.apply(x, a, b, s)  # type: ignore[return-value]
+    return _LowRank.apply(x, a, b, s)  # type: ignore[return-value]  # as forward gives it
 
 
 class _LowRank(torch.autograd.Function):
@@ -145,7 +145,7 @@ class _LowRank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
         x, a, b = ctx.saved_tensors
         flat, g = x.flatten(0, -2), g.flatten(0, -2)
         inner = g @ (b * ctx.s)
@@ -166,7 +166,7 @@ def bottleneck(
     """``U·f(D·z + b) + c``; backward keeps z and the r values before f."""
     if not applies(z, down, b, up, c):
         return F.linear(activation(F.linear(z, down, b)), up, c)
-    return _Bottleneck.apply(z, down, b, up, c, activation)  # type: ignore[return-value]
+    return _Bottleneck.apply(z, down, b, up, c, activation)  # type: ignore[return-value]  # as forward gives it
 
 
 class _Bottleneck(torch.autograd.Function):
@@ -182,7 +182,7 @@ class _Bottleneck(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
         z, inner, down, up = ctx.saved_tensors
         needs = ctx.needs_input_grad
         flat = g.flatten(0, -2)

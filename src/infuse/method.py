@@ -152,7 +152,7 @@ class Method(ABC):
 
     def add(self, params: "Sequence[Params]", weights: "Sequence[float]") -> Params:
         """Parameters of the weighted sum of several deltas at one site; by default the sum of the parameters."""
-        return {n: sum(w * p[n] for p, w in zip(params, weights, strict=True)) for n in params[0]}  # type: ignore[misc]
+        return {n: sum(w * p[n] for p, w in zip(params, weights, strict=True)) for n in params[0]}  # type: ignore[misc]  # sum begins with the integer 0
 
     def summed(self, terms: int) -> "Method":
         """The settings of the delta that :meth:`add` makes of so many terms."""

@@ -51,7 +51,7 @@ class Infused(nn.Module):
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:
             raise InfuseError(f"Unknown adapter {name!r}; the model has {listed(self.adapters)}.")
-        return self.adapters[name]  # type: ignore[return-value]
+        return self.adapters[name]  # type: ignore[return-value]  # an Adapter: nothing else is put there
 
     def route(self) -> Route:
         """The route of this call; ``None`` when there is nothing to do."""

@@ -29,7 +29,7 @@ class Connection(HttpToolsProtocol):
         """Whether no request is being answered: the head of the next may be on its way."""
         return self.cycle is None or self.cycle.response_complete
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # narrower than BaseTransport
         super().connection_made(transport)
         self._expect_a_head()
 

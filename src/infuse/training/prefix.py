@@ -35,7 +35,7 @@ class Prefix:
     def replaced(self, hidden: Float[Tensor, "rows positions width"]) -> Iterator[None]:
         """Within the block, the layers compute nothing and the last one gives ``hidden``."""
         for layer in self.layers:
-            layer.forward = lambda *args, **kwargs: self.wrap(hidden)  # type: ignore[method-assign]
+            layer.forward = lambda *args, **kwargs: self.wrap(hidden)  # type: ignore[method-assign]  # put back by the end of the block
         try:
             yield
         finally:

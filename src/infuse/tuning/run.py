@@ -83,7 +83,7 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     from infuse.tuning import study as studies
 
     precision = name_of(dtype_of(config.precision))
-    held = Settings(precision=precision, max_length=config.max_length, seed=config.seed)  # type: ignore[arg-type]
+    held = Settings(precision=precision, max_length=config.max_length, seed=config.seed)  # type: ignore[arg-type]  # name_of gives one of the literals
     found = candidates(config.bases, config.methods, config.ranges, held)
     folder = _prepare(config)
     splits, warnings = load_splits(
