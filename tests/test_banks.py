@@ -1,5 +1,6 @@
 """Stacked parameters kept for mixed batches: never stale, never another adapter's."""
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import infuse
 from infuse.banks import Bank
+from infuse.method import registry
 from infuse.model import store_of
+from infuse.routing import side_by_side
 from infuse.testing.conformance import close, output, wake
 from infuse.testing.tiny import inputs, tiny
 
@@ -29,6 +32,42 @@ def check(model, names) -> None:
         mixed = output(model, batch, names)
         for row, name in enumerate(names):
             close(mixed[row], output(model, batch, name)[row])
+
+
+@pytest.mark.parametrize("method", [*registry(), "lora:dora=true", "parallel:learned_scale=true"])
+@pytest.mark.parametrize("arch", ["bert", "gpt2"])
+def test_methods_that_take_stacked_parameters_agree_with_vmap(method, arch, monkeypatch):
+    model = tiny(arch).eval()
+    method = "compacter++:width=4" if method == "compacter" else method
+    for seed, name in enumerate(NAMES):
+        infuse.attach(model, method, name)
+        wake(model, name, seed)
+    cls = type(store_of(model)["a"].method)
+    assert cls.stackable
+    batch, rows = inputs(model, rows=7), ["b", None, "a", "c", "c", "d", "a"]
+    stacked = output(model, batch, rows)
+    monkeypatch.setattr(cls, "stackable", False)
+    close(output(model, batch, rows), stacked)
+    with torch.no_grad():
+        close(output(model, batch, rows), stacked)
+
+
+def test_rows_of_several_methods_side_by_side_or_not(model):
+    names = [*NAMES]
+    for seed, method in enumerate(["ia3", "pfeiffer", "compacter:width=4", "lora:rank=4,roles=query+key"]):
+        for copy in "xy":
+            names.append(f"{seed} {copy}")
+            infuse.attach(model, method, names[-1])
+            wake(model, names[-1], seed)
+    check(model, names)
+    generator = random.Random(0)
+    for _ in range(5):
+        mixed = [generator.choice([*names, None]) for _ in range(12)]
+        check(model, mixed)
+        own = [name for name in mixed if name is not None]
+        order = side_by_side({name: store_of(model)[name] for name in own}, own)
+        assert sorted(order) == list(range(len(own)))
+        check(model, [own[i] for i in order])
 
 
 def test_a_new_adapter_of_an_old_name_gets_its_own_answers(model):

@@ -18,6 +18,9 @@ NAME = "infuse"
 SHORT = 256
 """Rows up to this many positions take the path for short rows (docs/decisions.md)."""
 
+LANES = 16
+"""Numbers of float32 that a vector register holds; torch's kernel takes the rest of a row one by one."""
+
 _softmax_backward = torch.ops.aten._softmax_backward_data
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -102,6 +105,9 @@ def attention(
     ):
         if query.is_meta:
             return _shapes(query, key, value, attention_mask), None
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if plain and query.device.type == "cpu" and attention_mask is not None and bias is None:
+            key, value, attention_mask = _aligned(key, value, attention_mask)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias
@@ -117,6 +123,15 @@ def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, drop
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling
     p = (scores if mask is None else scores + mask).softmax(-1)
     return torch.matmul(F.dropout(p, dropout), v).transpose(1, 2).contiguous()
+
+
+def _aligned(k: Keys, v: Keys, mask: Tensor) -> tuple[Keys, Keys, Tensor]:
+    """Masked keys up to a multiple of 16 where more than half of them are there: on a rest torch's kernel is slow."""
+    more = -k.shape[2] % LANES
+    if k.shape[2] > SHORT or not 0 < more <= LANES // 2:
+        return k, v, mask
+    lowest = torch.finfo(mask.dtype).min
+    return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), F.pad(mask, (0, more), value=lowest)
 
 
 def _shapes(q: Query, k: Keys, v: Keys, mask: Tensor | None) -> Mixed:

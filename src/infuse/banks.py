@@ -9,8 +9,6 @@ from threading import Lock
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
@@ -62,19 +60,14 @@ class Banks:
         self.banks: dict[Any, Bank] = {}
         self.lock = Lock()
 
-    def gather(
-        self,
-        key: Any,
-        versions: Mapping[Adapter, int],
-        which: Int[Tensor, " rows"],
-        prepare: Callable[[Sequence[Adapter]], Tree],
-    ) -> Tree:
-        """Prepared parameters of every row, (rows, ...).
+    def slots(
+        self, key: Any, versions: Mapping[Adapter, int], prepare: Callable[[Sequence[Adapter]], Tree]
+    ) -> tuple[Tree, tuple[int, ...]]:
+        """Prepared parameters of all adapters of a bank, (slots, ...), and the slots of those that are asked for.
 
         Args:
             key: what tells this bank from others: site, kind, dtype, device.
-            versions: the different adapters of the rows, each with the version of its parameters.
-            which: which of these adapters each row uses.
+            versions: the adapters that are asked for, each with the version of its parameters.
             prepare: parameters of several adapters, stacked and ready to be used.
         """
         with self.lock:
@@ -83,12 +76,7 @@ class Banks:
             if stale:
                 with torch.inference_mode(False), torch.no_grad():
                     bank.put(stale, prepare(list(stale)))
-            slots = [bank.slots[a] for a in versions]
-            stacked = bank.stacked
-        if len(which) == len(slots) and slots == list(range(slots[0], slots[0] + len(slots))):
-            return tree_map(lambda value: value[slots[0] : slots[0] + len(slots)], stacked)  # no need to copy
-        at = torch.tensor(slots).to(which.device)[which]
-        return tree_map(lambda value: value[at], stacked)
+            return bank.stacked, tuple(bank.slots[a] for a in versions)
 
     def forget(self, adapter: Adapter) -> None:
         with self.lock:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from infuse.errors import InfuseError, listed
 from infuse.model import route as routed
 from infuse.model import store_of
+from infuse.routing import side_by_side
 
 Hidden = Float[Tensor, "rows positions width"]
 Mask = Int[Tensor, "rows positions"]
@@ -244,19 +245,22 @@ def grouped(
     model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]
 ) -> Iterator[tuple[Head, list[int], Float[Tensor, "own labels"]]]:
     """Per adapter of a mixed batch: its head, its rows, and their logits over its own labels."""
-    with routed(model, names):
+    heads = {name: head_of(model, name) for name in dict.fromkeys(names)}
+    order = side_by_side({name: store_of(model)[name] for name in heads}, names)
+    if order != sorted(order):
+        batch = {key: value[order] for key, value in batch.items()}
+    with routed(model, [names[row] for row in order]):
         out = model(**batch)
     rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, []).append(row)
-    heads = {name: head_of(model, name) for name in rows}
+    for at, row in enumerate(order):
+        rows.setdefault(names[row], []).append(at)
     mask = batch["attention_mask"]
     pooled = {
         how: pool(out["last_hidden_state"], mask, how) for how in {h.pooling for h in heads.values() if h.kind != "hf"}
     }
     for name, own in rows.items():
-        head, at = heads[name], slice(None) if len(rows) == 1 else torch.tensor(own, device=mask.device)
-        yield head, own, head(pooled[head.pooling][at]) if head.kind != "hf" else out["logits"][at]
+        head, at = heads[name], slice(own[0], own[-1] + 1)
+        yield head, [order[i] for i in own], head(pooled[head.pooling][at]) if head.kind != "hf" else out["logits"][at]
 
 
 def classify(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[Float[Tensor, " labels"]]:

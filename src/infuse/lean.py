@@ -1,8 +1,8 @@
 """Autograd functions that keep for backward no more than they must.
 
 Each has a plain twin in ordinary torch operations, which is the reference in the tests and the path taken where these
-functions have no business: under ``vmap`` and ``torch.compile`` (whose partitioner decides what to keep), and inside
-:func:`plain`.
+functions have no business: for parameters with a row per text, under ``vmap`` and ``torch.compile`` (whose partitioner
+decides what to keep), and inside :func:`plain`.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,6 +50,13 @@ def applies(*tensors: Tensor) -> bool:
     return any(t.requires_grad for t in tensors)
 
 
+def linear(x: Rows, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x·Wᵀ + b`` with one weight (out, in) and bias (out,), or one a row: (rows, out, in) and (rows, 1, out)."""
+    if weight.ndim == 2:
+        return F.linear(x, weight, bias)
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias, x, weight.mT)
+
+
 def scale(h: Rows, vector: Float[Tensor, " width"]) -> Rows:
     """``vector ⊙ h``, keeping for the gradient of ``vector`` what others keep anyway.
 
@@ -57,7 +64,7 @@ def scale(h: Rows, vector: Float[Tensor, " width"]) -> Rows:
     Otherwise it divides the result, which attention keeps (keys, values), by ``vector``; where an entry is nearly
     zero, ``h`` itself is kept.
     """
-    if not applies(h, vector):
+    if vector.ndim > 1 or not applies(h, vector):
         return h * vector
     if not vector.requires_grad:
         return _Scale.apply(h, vector, _itself)  # type: ignore[return-value]  # as forward gives it
@@ -131,6 +138,8 @@ _RULES: dict[str, Callable[[Any], tuple[Callable[..., Tensor], tuple[Any, ...]]]
 
 def low_rank(x: Float[Tensor, "*batch in"], a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], s: float) -> Rows:
     """``s·B·A·x``; backward keeps x alone."""
+    if a.ndim > 2:
+        return linear(linear(x, a) * s, b)
     if not applies(x, a, b):
         return F.linear(F.linear(x, a), b) * s
     return _LowRank.apply(x, a, b, s)  # type: ignore[return-value]  # as forward gives it
@@ -164,8 +173,8 @@ def bottleneck(
     activation: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "*batch out"]:
     """``U·f(D·z + b) + c``; backward keeps z and the r values before f."""
-    if not applies(z, down, b, up, c):
-        return F.linear(activation(F.linear(z, down, b)), up, c)
+    if down.ndim > 2 or not applies(z, down, b, up, c):
+        return linear(activation(linear(z, down, b)), up, c)
     return _Bottleneck.apply(z, down, b, up, c, activation)  # type: ignore[return-value]  # as forward gives it
 
 

@@ -66,6 +66,9 @@ class Method(ABC):
     """Parameter → the end of its key in PEFT's files."""
     unfreezes: ClassVar[bool] = False
     """Whether the base itself is trained (full fine-tuning, the contrast to every adapter)."""
+    stackable: ClassVar[bool] = False
+    """Whether ``forward`` or ``update`` also takes parameters with a row per text, matrices (rows, a, b) and vectors
+    (rows, 1, n), for activations (rows, positions, width). Others run under ``vmap`` in mixed batches, at more cost."""
     asks: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Function → names of the tensors that it asks for; filled from the signatures."""
 

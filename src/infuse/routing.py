@@ -4,7 +4,7 @@ The route belongs to the call: :func:`use` binds it to the current thread, and g
 into the recomputation. Without one, a model's ``active`` adapter serves plain calls.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -68,6 +68,12 @@ Parameters = tuple[Params, list[Params]]
 """A delta's own parameters, and those of its members."""
 
 
+def each(change: Callable[[Tensor], Tensor], p: Parameters) -> Parameters:
+    """Parameters with every tensor changed (by a fraction of the work of a general tree's ``map``)."""
+    own, members = p
+    return {n: change(v) for n, v in own.items()}, [{n: change(v) for n, v in m.items()} for m in members]
+
+
 def parameters(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> Parameters:
     return adapter.params(site), [adapters[m].params(site) for m in adapter.members]
 
@@ -77,12 +83,24 @@ class Group:
     """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters.
 
     ``adapters`` are the different ones, each with the version of its parameters, and ``which`` says whose each row is.
+    Rows that lie side by side are a slice, which copies nothing.
     """
 
     kind: int
     adapters: dict[Adapter, int]
-    rows: Int[Tensor, " rows"]
+    rows: slice | Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
+    found: dict[tuple[int, ...], slice | Int[Tensor, " rows"]] = field(default_factory=dict)
+
+    def index(self, slots: tuple[int, ...]) -> slice | Int[Tensor, " rows"]:
+        """The slot of every row, from those of the adapters; most sites have the same."""
+        if slots not in self.found:
+            first, last = slots[0], slots[0] + len(slots)
+            if len(self.which) == len(slots) and slots == tuple(range(first, last)):
+                self.found[slots] = slice(first, last)  # no need to copy
+            else:
+                self.found[slots] = torch.tensor(slots, device=self.which.device)[self.which]
+        return self.found[slots]
 
 
 @dataclass(eq=False)
@@ -106,7 +124,10 @@ class Mixed:
             for kind, (_, own) in zip(kinds, self.alike.values(), strict=True):
                 if kind is not None:
                     rows.setdefault(kind, []).extend(own)
-            self.plans[kinds, device] = [_group(adapters, self.names, k, sorted(r), device) for k, r in rows.items()]
+            groups = [_group(adapters, self.names, k, sorted(r), device) for k, r in rows.items()]
+            # Scattered rows first: slices are cut from what those have left.
+            groups.sort(key=lambda g: (g.rows.start or 0) if isinstance(g.rows, slice) else -1)
+            self.plans[kinds, device] = groups
         return self.plans[kinds, device]
 
     def renew(self) -> None:
@@ -191,6 +212,13 @@ def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
         _CALLS.weights = outer
 
 
+def side_by_side(adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[int]:
+    """An order of a batch's rows that puts adapters which run as one beside each other: their rows are slices then."""
+    signatures = {name: tuple(sorted(adapters[name].kinds.items())) for name in dict.fromkeys(names)}
+    first = {signature: i for i, signature in reversed([*enumerate(signatures.values())])}
+    return sorted(range(len(names)), key=lambda row: (first[signatures[names[row]]], names[row]))
+
+
 def route_of(names: str | Sequence[str | None] | None, known: Mapping[str, Any]) -> Route:
     """A route from one name or from a name per row; an error for a name that is not attached."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
@@ -220,12 +248,11 @@ class Call:
     banks: Banks | None = None
     kept: Tensor | None = None
 
-    def rowwise(self, names: Iterable[str], rows: Tensor | None = None) -> dict[str, Tensor]:
+    def rowwise(self, names: Iterable[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
         """The tensors asked for that have a row per text, of some rows or all."""
         given = {name: getattr(self, name) for name in ("h", "x", "residual", "normed") if name in names}
-        if rows is None or len(rows) == len(self.h):
-            return given
-        return {name: value[rows] for name, value in given.items()}
+        every = isinstance(rows, slice) and rows == slice(None)
+        return given if every else {name: value[rows] for name, value in given.items()}
 
     def fixed(self) -> dict[str, Any]:
         """What is the same for all rows."""
@@ -276,18 +303,32 @@ def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tenso
         return _one(adapters, adapters[route], call)
     if len(h) != len(route.names):
         raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
-    out = h
-    for group in route.plan(adapters, site, h.device):
-        every = len(group.rows) == len(h)
-        if len(group.adapters) == 1:
-            new = _one(adapters, next(iter(group.adapters)), call, group.rows)
+    groups = route.plan(adapters, site, h.device)
+    return _joined(h, [(group.rows, _new(adapters, group, call)) for group in groups])
+
+
+def _new(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
+    if len(group.adapters) == 1:
+        return _one(adapters, next(iter(group.adapters)), call, group.rows)
+    return _many(adapters, group, call)
+
+
+def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, Tensor]]) -> Tensor:
+    """``h`` with new values in some of its rows; those of slices, which come in their order, are copied once."""
+    pieces, end = [], 0
+    for rows, new in parts:
+        if not isinstance(rows, slice):
+            h = h.index_copy(0, rows, new)
         else:
-            new = _many(adapters, group, call)
-        out = new if every else out.index_copy(0, group.rows, new)
-    return out
+            start = rows.start or 0
+            pieces += [h[end:start], new] if start > end else [new]
+            end = start + len(new)
+    if pieces and end < len(h):
+        pieces.append(h[end:])
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else h
 
 
-def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: Tensor | None = None) -> Tensor:
+def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)) -> Tensor:
     recipe, fixed = Recipe.of(adapters, adapter, call.site), call.fixed()
     p = recipe.prepare(parameters(adapters, adapter, call.site), fixed)
     return recipe.new(_cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), fixed).to(call.h.dtype)
@@ -295,21 +336,26 @@ def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: Te
 
 def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
     recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
+    direct = call.h.ndim == 3 and all(m.stackable for m in (recipe.method, *recipe.members))
 
     def stacked(some: Iterable[Adapter]) -> Any:
-        each = [parameters(adapters, adapter, call.site) for adapter in some]
-        both = tree_map(lambda *values: torch.stack(values), *each)
+        both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
         if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
             both = vmap(partial(recipe.prepare, fixed=fixed))(both)
-        return _cast(both, call.h.dtype)
+        both = _cast(both, call.h.dtype)
+        return each(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
 
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
-        p = tree_map(lambda value: value[group.which], stacked(group.adapters))
+        p = each(lambda value: value.index_select(0, group.which), stacked(group.adapters))
     else:
-        key = (call.site.name, group.kind, call.h.dtype, call.h.device)
-        p = call.banks.gather(key, group.adapters, group.which, stacked)
-    new = vmap(partial(recipe.new, fixed=fixed), randomness="different")(p, call.rowwise(recipe.needs, group.rows))
-    return new.to(call.h.dtype)
+        key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
+        bank, slots = call.banks.slots(key, group.adapters, stacked)
+        at = group.index(slots)
+        p = each(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
+    run = partial(recipe.new, fixed=fixed)
+    if not direct:
+        run = vmap(run, randomness="different")
+    return run(p, call.rowwise(recipe.needs, group.rows)).to(call.h.dtype)
 
 
 def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> Any:
@@ -317,8 +363,8 @@ def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> 
     return getattr(method, function)(p, **{name: given[name] for name in method.wants(function)})
 
 
-def _cast(p: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda value: value.to(dtype), p)
+def _cast(p: "Parameters", dtype: torch.dtype) -> "Parameters":
+    return each(lambda value: value.to(dtype), p)
 
 
 _KINDS: dict[Any, int] = {}
@@ -343,7 +389,14 @@ def _group(
     versions = {adapter: _version(adapters, adapter) for adapter in dict.fromkeys(own)}
     index = {adapter: i for i, adapter in enumerate(versions)}
     which = torch.tensor([index[adapter] for adapter in own], device=device)
-    return Group(kind, versions, torch.tensor(rows, device=device), which)
+    first, last = rows[0], rows[-1] + 1
+    if len(rows) == len(names):
+        at = slice(None)
+    elif len(rows) == last - first:
+        at = slice(first, last)
+    else:
+        at = torch.tensor(rows, device=device)
+    return Group(kind, versions, at, which)
 
 
 def _version(adapters: Mapping[str, Adapter], adapter: Adapter) -> int:

@@ -47,6 +47,7 @@ class Bottleneck(Method):
 
     name = "bottleneck"
     learning_rate = 1e-3
+    stackable = True
     space = MappingProxyType(
         {
             "learning_rate": Log(2e-4, 1e-2),

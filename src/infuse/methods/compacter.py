@@ -43,6 +43,7 @@ class Compacter(Method):
 
     name = "compacter"
     learning_rate = 3e-3
+    stackable = True
     space = MappingProxyType(
         {
             "learning_rate": Log(5e-4, 2e-2),

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from infuse.lean import linear
 from infuse.method import Mixer, Params, register_mixer
 from infuse.sites import Site
 
@@ -32,6 +33,7 @@ class Fusion(Mixer):
     name = "fusion"
     learning_rate = 1e-3  # the papers' 5e-5 leaves the attention uniform on small tasks (docs/results.md)
     undecayed = ("V",)
+    stackable = True
 
     def init(self, site: Site) -> dict[str, Tensor]:
         def normal() -> Tensor:
@@ -49,9 +51,9 @@ class Fusion(Mixer):
         updates: Float[Tensor, "*batch members width"],
         training: bool,
     ) -> Float[Tensor, "*batch members"]:
-        q = F.linear(query, p["Q"], p["q"])
+        q = linear(query, p["Q"], p["q"])
         # q·(K·u + k) = (Kᵀq)·u + q·k: one product per query instead of one per member.
-        scores = (updates @ (q @ p["K"]).unsqueeze(-1)).squeeze(-1) + (q @ p["k"]).unsqueeze(-1)
+        scores = (updates @ (q @ p["K"]).unsqueeze(-1)).squeeze(-1) + linear(q, torch.atleast_2d(p["k"]))
         if self.dropout:
             scores = F.dropout(scores, self.dropout, training)
         return scores.softmax(-1)
@@ -59,7 +61,7 @@ class Fusion(Mixer):
     def mix(
         self, p: Params, weights: Float[Tensor, "*batch members"], updates: Float[Tensor, "*batch members width"]
     ) -> Float[Tensor, "*batch width"]:
-        return F.linear((weights.unsqueeze(-2) @ updates).squeeze(-2), p["V"])  # V is linear: mix first
+        return linear((weights.unsqueeze(-2) @ updates).squeeze(-2), p["V"])  # V is linear: mix first
 
     def penalty(self, p: Params) -> Any:
         return self.regulariser * (p["V"] - torch.eye(len(p["V"]), device=p["V"].device)).square().sum()

@@ -36,7 +36,7 @@ class IA3(Method):
         }
     )
     sides = ("input", "output")
-    mergeable = True
+    mergeable = stackable = True
     peft_type = "IA3"
     peft_keys = MappingProxyType({"l": "ia3_l"})
 

@@ -45,7 +45,7 @@ class LoRA(Method):
         "dropout": Choice(0.0, 0.1),
         "roles": Choice("query+value", "query+key+value+attention_output+ffn_up+ffn_output"),
     })  # fmt: skip
-    mergeable = True
+    mergeable = stackable = True
     peft_type = "LORA"
     peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})
 

@@ -147,7 +147,8 @@ def mixed_equals_one_by_one(method: Method, make: Make) -> None:
         infuse.attach(model, method, name)
         wake(model, name, seed)
     rows = ["b", None, "a", "c", "b", "a"]
-    for names in (rows, [None, None, "a", None, None, None], ["a", "b", "c", "c", "b", "a"], ["a"] * 6):
+    beside = [[None, "a", "a", "b", "c", None], ["a", "b", None, None, None, None], [None, None, "a", None, None, None]]
+    for names in (rows, *beside, ["a", "b", "c", "c", "b", "a"], ["a"] * 6):
         mixed = output(model, batch, names)
         alone = torch.stack([output(model, batch, name)[row] for row, name in enumerate(names)])
         close(mixed, alone)
