@@ -21,6 +21,7 @@ import infuse
 from infuse.bases import BaseModel
 from infuse.serving.app import create_app
 from infuse.serving.engine import Engine
+from infuse.serving.model import Here
 from infuse.serving.server import uvicorn_config
 from infuse.serving.settings import ServeConfig
 
@@ -116,14 +117,13 @@ class Running(Client):
         options: of the command line.
         token: the admin's; ``None`` starts it without.
         log: the file of its output; by default beside the folder.
-        code: Python to run before the server in its process.
     """
 
-    def __init__(self, folder: Path, *options: str, token: str | None = TOKEN, log: Path | None = None, code: str = ""):
+    def __init__(self, folder: Path, *options: str, token: str | None = TOKEN, log: Path | None = None):
         self.log = log or folder.parent / f"{folder.name}.log"
         environment = {name: value for name, value in os.environ.items() if name != "INFUSE_ADMIN_TOKEN"}
         environment |= {"INFUSE_ADMIN_TOKEN": token} if token else {}
-        command = [sys.executable, "-c", f"{code}\nfrom infuse.cli import main; main()", "serve", str(folder)]
+        command = [sys.executable, "-c", "from infuse.cli import main; main()", "serve", str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", "0", "--threads", "1", *options], stdout=out, stderr=out, env=environment
@@ -136,6 +136,13 @@ class Running(Client):
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+    @property
+    def model(self) -> int:
+        """The process of the model."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (found,) = (c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes())
+        return int(found)
 
     def stop(self, how: int = signal.SIGTERM, timeout: float = 30) -> int:
         """The exit code after a signal."""
@@ -178,7 +185,7 @@ class Inside(Client):
 
     def _run(self) -> None:
         async def main() -> None:
-            self.engine = Engine(self.config, self.base)
+            self.engine = Engine(self.config, Here(self.base))
             self.server = uvicorn.Server(uvicorn_config(self.config, create_app(self.engine, self.token)))
             self.started.set()
             await self.server.serve([self.socket])

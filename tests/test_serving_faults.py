@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import struct
@@ -10,7 +11,9 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +25,9 @@ from serving import fill, write
 
 from infuse.bases import load_base
 from infuse.cli import main
+from infuse.errors import InfuseError
+from infuse.serving import files
+from infuse.serving.model import Apart, Here
 
 TEXTS = ["my card was stolen", "how do I repay the loan early?"]
 
@@ -155,26 +161,66 @@ def test_sigterm_under_load(running, shelf):
 
 
 def test_sigint_and_time_that_is_over(shelf, tiny_base, tmp_path):
-    """A pass that hangs is not waited for: its clients are refused, and the process ends."""
-    code = (
-        "import time; from infuse.serving.engine import Engine\n"
-        "forward = Engine._forward\n"
-        "Engine._forward = lambda self, tokens, names: time.sleep(300) if len(tokens) == 3 \\\n"
-        "    else forward(self, tokens, names)"
-    )
+    """A pass that hangs is not waited for: its clients are refused, and both processes end."""
     options = ["--base", str(tiny_base), "--drain", "1", "--watch", "0"]
-    with Running(shelf[0], *options, log=tmp_path / "log", code=code) as server:
+    with Running(shelf[0], *options, log=tmp_path / "log") as server:
         assert server.classify(shelf[1][0], "a").status == 200
-        got = []
-        raw = request("POST", "/v1/classify", {"adapter": shelf[1][0], "texts": ["a", "b", "c"]})
-        thread = threading.Thread(target=lambda: got.extend(server.send(raw, timeout=100)))
-        thread.start()
-        until(lambda: server.metric("infuse_queue_rows") == 3)
-        started = time.monotonic()
-        assert server.stop(signal.SIGINT, 100) == 130
-        assert time.monotonic() - started < 100  # not the 300 s of the pass
+        model = server.model
+        os.kill(model, signal.SIGSTOP)
+        thread, got = ask_apart(server, shelf[1][0], "a")
+        until(lambda: server.metric("infuse_queue_rows") == 1)
+        assert server.stop(signal.SIGINT, 60) == 130
         thread.join(20)
         assert got[0].status == 503 and got[0].headers["retry-after"] and "stopping" in got[0].error
+        until(lambda: not Path(f"/proc/{model}").exists())
+
+
+def test_the_server_ends_when_its_model_has(shelf, tiny_base, tmp_path):
+    """As if memory had run out: what is in flight is refused, and the exit code tells whoever starts it anew."""
+    with Running(shelf[0], "--base", str(tiny_base), "--watch", "0", log=tmp_path / "log") as server:
+        assert server.classify(shelf[1][0], "a").status == 200
+        model = server.model
+        os.kill(model, signal.SIGSTOP)
+        asked = [ask_apart(server, shelf[1][i % 4], "a") for i in range(8)]
+        until(lambda: server.metric("infuse_queue_rows") == 8)
+        os.kill(model, signal.SIGKILL)
+        for thread, _ in asked:
+            thread.join(20)
+        assert {got[0].status for _, got in asked} == {503}
+        assert all("process of the model has ended with -9" in got[0].error for _, got in asked)
+        assert server.process.wait(20) == 1
+        assert "model has ended by itself" in server.output and "Traceback" not in server.output
+
+
+def test_the_model_ends_when_its_server_is_killed(shelf, tiny_base, tmp_path):
+    with Running(shelf[0], "--base", str(tiny_base), log=tmp_path / "log") as server:
+        model = server.model
+        server.process.kill()
+        until(lambda: not Path(f"/proc/{model}").exists() or "Z" in Path(f"/proc/{model}/stat").read_text().split()[2])
+
+
+def test_a_model_apart_answers_and_fails_as_one_here_does(shelf, base, tiny_base, tmp_path):
+    file = files.read(shelf[0] / shelf[1][1])
+    here, apart = Here(base), Apart(str(tiny_base), "fp32", threads=1)
+    try:
+        assert apart.about.base == here.about.base and apart.about.precision == "fp32"
+        tokens, names = [[2, 7, 9, 3], [2, 8, 3]], ["x", "x"]
+        for model in (here, apart):
+            model.attach(file, "x")
+        for a, b in zip(apart.forward(tokens, names), here.forward(tokens, names), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+        with pytest.raises(InfuseError, match="truncated"):
+            apart.attach(replace(file, content=file.content[:1000]), "y")
+        with pytest.raises(RuntimeError, match=r"Traceback(?s:.)*IndexError"):
+            apart.forward([[10**6]], ["x"])
+        apart.remove("x")
+        with pytest.raises(InfuseError, match="Nothing is attached"):
+            apart.forward(tokens, names)
+    finally:
+        here.remove("x")
+        assert apart.close()
+    with pytest.raises(InfuseError, match="no folder"):
+        Apart(str(tmp_path / "none"), "fp32")
 
 
 # Passes that hang or fail
@@ -251,7 +297,7 @@ def test_who_goes_away_while_sending_an_adapter_is_no_failure_of_the_server(held
 
 
 def test_a_row_that_fails_fails_alone(held, shelf):
-    forward, calls = held.engine._forward, count()
+    forward, calls = held.engine.model.forward, count()
 
     def fail(tokens, names):
         held.gate.wait(20)

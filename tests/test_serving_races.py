@@ -13,6 +13,7 @@ from infuse.bases import load_base
 from infuse.model import store_of
 from infuse.serving import ServeConfig, files
 from infuse.serving.engine import Engine
+from infuse.serving.model import Here
 from infuse.serving.refusals import RefusedError
 
 
@@ -40,7 +41,7 @@ def made(tmp_path, tiny_base):
     base, generator = load_base(str(tiny_base)), torch.Generator().manual_seed(0)
     for path in ("served/x", "B"):
         write(base, tmp_path / path, "ia3", generator, 3)
-    return tmp_path / "served", tmp_path / "B", lambda: Engine(ServeConfig(tmp_path / "served"), base)
+    return tmp_path / "served", tmp_path / "B", lambda: Engine(ServeConfig(tmp_path / "served"), Here(base))
 
 
 def test_a_reload_never_joins_a_load_that_read_the_old_file(made, slow):
@@ -106,7 +107,7 @@ def test_what_goes_away_while_it_is_loaded_is_not_served(made, slow, change):
             await store.lease("x")
         assert not store.recent
         await asyncio.to_thread(own.batcher.drain, 30)
-        assert not hasattr(own.base.model, "infuse") or not store_of(own.base.model).adapters
+        assert not hasattr(own.model.base.model, "infuse") or not store_of(own.model.base.model).adapters
 
     asyncio.run(work())
 

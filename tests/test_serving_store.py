@@ -16,7 +16,7 @@ from test_files import WEIGHTS, rewrite
 from infuse import InfuseError
 from infuse.bases import load_base
 from infuse.serving import ServeConfig
-from infuse.serving.engine import open_engine
+from infuse.serving.engine import open_model
 from infuse.testing import tiny
 
 NAMES = ("ada", "bob", "cyd", "dan")
@@ -380,14 +380,14 @@ def test_reloading_while_the_old_file_is_being_loaded(folder, base, shelf):
 
 def test_a_folder_that_says_no_base(tmp_path, base, shelf):
     with pytest.raises(InfuseError, match=r"no adapter that can be served.*--base"):
-        open_engine(ServeConfig(tmp_path))
+        open_model(ServeConfig(tmp_path))
     put(b"rubbish", tmp_path / "broken")
     with pytest.raises(InfuseError, match="no adapter that can be served"):
-        open_engine(ServeConfig(tmp_path))
+        open_model(ServeConfig(tmp_path))
     shutil.copytree(shelf / "ada", tmp_path / "zed")
-    engine = open_engine(ServeConfig(tmp_path))
-    assert engine.base.name == base.name and engine.precision == "fp32"
-    assert engine.batcher.drain(5)
+    model = open_model(ServeConfig(tmp_path))
+    assert (model.about.name, model.about.precision) == (base.name, "fp32")
+    assert model.close()
 
 
 def test_a_thousand_adapters_are_found_quickly(tmp_path, base, shelf):

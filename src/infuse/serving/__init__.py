@@ -1,4 +1,4 @@
-"""Serving: every adapter of a folder over one frozen base, in one process, rows of all tasks in one batch."""
+"""Serving: every adapter of a folder over one frozen base, rows of all tasks in one batch."""
 
 from infuse.serving.server import serve as serve
 from infuse.serving.settings import ServeConfig as ServeConfig

@@ -101,8 +101,9 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     @app.get("/v1/adapters", response_model=schema.Adapters)
     async def adapters() -> Response:
         """Every adapter of the folder: labels, method, base, metrics, size, and what is wrong with it, if anything."""
+        about = engine.model.about
         listed = [_listed(entry) for _, entry in sorted(engine.store.entries.items())]
-        return JSONResponse({"base": engine.base.name, "precision": engine.precision, "adapters": listed})
+        return JSONResponse({"base": about.name, "precision": about.precision, "adapters": listed})
 
     @app.get("/v1/adapters/{name}", response_model=schema.Adapter, responses={404: _REFUSED[404]})
     async def adapter(name: str) -> Response:

@@ -7,21 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-from infuse.bases import BaseModel, load_base
 from infuse.errors import InfuseError
-from infuse.heads import grouped
-from infuse.model import Base, arch_of
-from infuse.precision import name_of
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts
 from infuse.serving.metrics import Metrics
+from infuse.serving.model import Apart, Model
 from infuse.serving.settings import ServeConfig
 from infuse.serving.store import Served, Store
-from infuse.texts import Tokens, pad, tokenize
+from infuse.texts import Tokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -33,27 +28,22 @@ class Labelled:
 
 
 class Engine:
-    """A base model, its batcher and its store. Make it in the thread of the event loop that uses it.
+    """A model, its batcher and its store. Make it in the thread of the event loop that uses it.
 
     Args:
         config: the server's settings.
-        base: the loaded base model.
+        model: what answers.
     """
 
-    def __init__(self, config: ServeConfig, base: BaseModel):
-        self.config, self.base, self.metrics = config, base, Metrics()
+    def __init__(self, config: ServeConfig, model: Model):
+        self.config, self.model, self.metrics = config, model, Metrics()
         self.batcher = Batcher(
-            self._forward, window=config.window / 1000, max_tokens=config.max_tokens, capacity=config.queue,
+            model.forward, window=config.window / 1000, max_tokens=config.max_tokens, capacity=config.queue,
             mixed=config.mixed, observe=self.metrics.passed,
         )  # fmt: skip
-        fingerprint = Base.of(base.model, arch_of(base.model))
-        self.store = Store(config.folder, base.model, fingerprint, self.batcher, config.resident, self.metrics.forget)
+        self.store = Store(config.folder, model, self.batcher, config.resident, self.metrics.forget)
         self.metrics.follow(self.batcher, self.store)
         self.tokenizing = ThreadPoolExecutor(1, "infuse-tokens")  # fast tokenizers can't be shared by threads
-
-    @property
-    def precision(self) -> str:
-        return name_of(next(self.base.model.parameters()).dtype)
 
     async def classify(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[Labelled]:
         """Probabilities of the texts of every item under its adapter, all of them in as few passes as fit.
@@ -97,22 +87,12 @@ class Engine:
     def _tokenize(self, groups: Sequence[Sequence[str]], held: Sequence[Served]) -> Tokens:
         tokens: Tokens = []
         for texts, served in zip(groups, held, strict=True):
-            tokens += tokenize(self.base.tokenizer, texts, served.facts.max_length)
+            tokens += tokenize(self.model.tokenizer, texts, served.facts.max_length)
         return tokens
 
-    @torch.inference_mode()
-    def _forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
-        model: nn.Module = self.base.model
-        batch = pad(tokens, self.base.pad_id, next(model.parameters()).device)
-        rows: list[np.ndarray] = [np.empty(0)] * len(names)
-        for head, own, logits in grouped(model, batch, names):
-            for row, values in zip(own, head.probabilities(logits).numpy(), strict=True):
-                rows[row] = values
-        return rows
 
-
-def open_engine(config: ServeConfig) -> Engine:
-    """Load the base that the folder's adapters share, and make an engine over it.
+def open_model(config: ServeConfig) -> Apart:
+    """Load the base that the folder's adapters share, in a process of its own.
 
     Raises:
         InfuseError: settings that can't work; no base is given and no adapter says which one.
@@ -132,6 +112,4 @@ def open_engine(config: ServeConfig) -> Engine:
     precisions = {each.precision for each in sound}
     trained = precisions.pop() if len(precisions) == 1 else "fp32"
     precision = trained if config.precision == "trained" else config.precision
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return Engine(config, load_base(config.base or sound[0].trained_on, precision=precision))
+    return Apart(config.base or sound[0].trained_on, precision, config.threads)

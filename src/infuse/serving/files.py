@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from infuse.adapter import Adapter
 from infuse.checkpoint import attach_bundle, facts_of, read_content
 from infuse.errors import InfuseError
 from infuse.formats.bundle import WEIGHTS
+from infuse.heads import Head
 from infuse.method import make, spelled
 from infuse.model import Base, check_name, detach, store_of
 from infuse.training.members import ADAPTER, CHECKPOINTS
@@ -38,6 +40,12 @@ class File:
         for member in self.members:
             sha.update(member.version.encode())
         return sha.hexdigest()[:12]
+
+    @property
+    def head(self) -> Head:
+        """The head's labels and rules, without its weights."""
+        with torch.device("meta"):
+            return Head(**self.facts["head"])
 
     @property
     def bytes(self) -> int:

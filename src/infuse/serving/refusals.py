@@ -34,6 +34,12 @@ def stopping() -> RefusedError:
     return RefusedError(503, "The server is stopping; try again in 5 s.", 5)
 
 
+def gone(code: int | None) -> RefusedError:
+    return RefusedError(
+        503, f"The process of the model has ended with {code} (-9: memory may have run out), and so will the server.", 5
+    )
+
+
 def late(seconds: float) -> RefusedError:
     return RefusedError(
         504, f"The answer took longer than the deadline of {seconds:g} s; send fewer texts, or try later."

@@ -8,10 +8,13 @@ import sys
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infuse.errors import InfuseError
 from infuse.serving.settings import TOKEN, ServeConfig
+
+if TYPE_CHECKING:
+    from infuse.serving.model import Apart
 
 
 def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -> None:
@@ -23,22 +26,43 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     missing = [name for name in ("fastapi", "uvicorn", "httptools", "prometheus_client") if find_spec(name) is None]
     if missing:
         raise InfuseError(f"infuse serve needs {missing[0]}, which is not installed: pip install 'infuse[serve]'.")
+    from infuse.serving.engine import open_model
+
+    logging.getLogger("infuse.serving").setLevel(logging.INFO)
+    model = open_model(config)
+    try:
+        _serve(config, model, say)
+    finally:
+        lived = model.close()
+    if not lived:
+        say("infuse: the process of the model has ended by itself; if memory ran out, serve with a smaller --resident.")
+        sys.exit(1)
+
+
+def _serve(config: ServeConfig, model: "Apart", say: Callable[[str], None]) -> None:
     import uvicorn
 
     from infuse.serving.app import create_app
-    from infuse.serving.engine import open_engine
+    from infuse.serving.engine import Engine
 
-    engine = open_engine(config)
-    logging.getLogger("infuse.serving").setLevel(logging.INFO)
     bound = _bind(config.host, config.port)
     host, port = bound.getsockname()[:2]
-    say(f"{engine.base.name} ({engine.precision}) at http://{f'[{host}]' if ':' in host else host}:{port}")
+    app = create_app(Engine(config, model), os.environ.get(TOKEN) or None)
+    server = uvicorn.Server(uvicorn_config(config, app))
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once all is answered: an end that was asked for is no failure.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # Shells start background jobs with this one ignored; uvicorn ends by it all the same, and then so must we.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    uvicorn.Server(uvicorn_config(config, create_app(engine, os.environ.get(TOKEN) or None))).run(sockets=[bound])
+    say(f"{model.about.name} ({model.about.precision}) at http://{f'[{host}]' if ':' in host else host}:{port}")
+    threading.Thread(target=_end_with, args=(model, server), daemon=True).start()
+    server.run(sockets=[bound])
+
+
+def _end_with(model: "Apart", server: Any) -> None:
+    """Stop serving when the model's process has ended: whoever watches this one starts it anew."""
+    model.wait()
+    server.should_exit = True
 
 
 def uvicorn_config(config: ServeConfig, app: Any) -> Any:

@@ -50,7 +50,7 @@ class ServeConfig:
     max_characters: int = 20_000
     """Characters of a text (an adapter's own limit of tokens cuts it further)."""
     threads: int = 0
-    """Threads of a forward pass; 0: torch's own choice."""
+    """Threads of a forward pass; 0: one a core, and from three cores on one less, for what parses requests."""
     drain: float = 30.0
     """Seconds to answer what is in flight when the server is told to stop."""
     log_texts: bool = False

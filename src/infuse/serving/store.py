@@ -10,15 +10,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from infuse.errors import InfuseError
 from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
 from infuse.heads import Head
-from infuse.model import Base
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts, File, Stamp
+from infuse.serving.model import Model
 
 log = logging.getLogger("infuse.serving")
 
@@ -71,9 +69,8 @@ class Store:
 
     Args:
         root: the folder.
-        model: the base model.
-        base: its fingerprint.
-        batcher: whose thread owns the model.
+        model: the model.
+        batcher: whose thread owns it.
         resident: how many adapters may stay in memory.
         forgotten: called with the name of an adapter that is gone for good.
     """
@@ -81,13 +78,12 @@ class Store:
     def __init__(
         self,
         root: Path,
-        model: nn.Module,
-        base: Base,
+        model: Model,
         batcher: Batcher,
         resident: int = 1000,
         forgotten: Callable[[str], Any] = lambda name: None,
     ):
-        self.root, self.model, self.base, self.batcher = root, model, base, batcher
+        self.root, self.model, self.base, self.batcher = root, model, model.about.base, batcher
         self.resident, self.forgotten = resident, forgotten
         self.entries: dict[str, Entry] = {}
         self.recent: OrderedDict[str, Entry] = OrderedDict()
@@ -160,7 +156,9 @@ class Store:
         try:
             file, found = await asyncio.to_thread(self._sound, folder, content)
             inner = f"served {next(self.numbers)}"
-            await self._in_model(lambda: (files.attach(self.model, file, inner), files.remove(self.model, inner)))
+            await self._in_model(lambda: (self.model.attach(file, inner), self.model.remove(inner)))
+        except refusals.RefusedError:
+            raise
         except InfuseError as error:
             raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {error}") from None
         config = {"library": "infuse", "method": file.facts["method"], "base_model_name_or_path": found.base}
@@ -237,8 +235,10 @@ class Store:
             file, facts = await asyncio.to_thread(self._read, entry.folder)
             if entry.served is None or entry.served.facts.version != facts.version:
                 inner = f"served {next(self.numbers)}"
-                adapter = await self._in_model(lambda: files.attach(self.model, file, inner))
-                fresh = Served(entry.name, inner, facts, adapter.head)
+                await self._in_model(lambda: self.model.attach(file, inner))
+                fresh = Served(entry.name, inner, facts, file.head)
+        except refusals.RefusedError:  # not for its file, but because the server ends
+            raise
         except InfuseError as error:
             if not any(files.find(self.root, entry.name)):  # gone since the last look at the folder
                 raise refusals.unknown(entry.name) from None
@@ -284,7 +284,7 @@ class Store:
             self._detach(served)
 
     def _detach(self, served: Served) -> None:
-        self.batcher.call(lambda: files.remove(self.model, served.inner))
+        self.batcher.call(lambda: self.model.remove(served.inner))
 
     async def _in_model(self, job: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self.batcher.call(job))

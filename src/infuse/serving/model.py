@@ -1,0 +1,164 @@
+"""The model that answers: a base and its adapters, in this process or in one of its own."""
+
+import signal
+import traceback
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from infuse.bases import BaseModel, load_base, tokenizer_of
+from infuse.errors import InfuseError
+from infuse.heads import grouped
+from infuse.model import Base, arch_of
+from infuse.precision import name_of
+from infuse.serving import files, refusals
+from infuse.serving.files import File
+from infuse.texts import Tokens, pad
+
+
+@dataclass(frozen=True)
+class About:
+    """The base that a model runs: its name, the number format of its trunk, and its fingerprint."""
+
+    name: str
+    precision: str
+    base: Base
+
+
+class Model(Protocol):
+    """What the batcher's thread calls, and nobody else."""
+
+    about: About
+    tokenizer: PreTrainedTokenizerBase
+
+    def attach(self, file: File, name: str) -> None:
+        """Attach an adapter, its members and its head; all of them or none (an InfuseError)."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Detach it again; what is not there is no error."""
+        ...
+
+    def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
+        """Probabilities of the labels of its adapter for every row."""
+        ...
+
+
+class Here:
+    """A model in this process."""
+
+    def __init__(self, base: BaseModel):
+        self.base, self.tokenizer = base, base.tokenizer
+        precision = name_of(next(base.model.parameters()).dtype)
+        self.about = About(base.name, precision, Base.of(base.model, arch_of(base.model)))
+
+    def attach(self, file: File, name: str) -> None:
+        files.attach(self.base.model, file, name)
+
+    def remove(self, name: str) -> None:
+        files.remove(self.base.model, name)
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
+        model = self.base.model
+        batch = pad(tokens, self.base.pad_id, next(model.parameters()).device)
+        rows: list[np.ndarray] = [np.empty(0)] * len(names)
+        for head, own, logits in grouped(model, batch, names):
+            for row, values in zip(own, head.probabilities(logits).numpy(), strict=True):
+                rows[row] = values
+        return rows
+
+
+class Apart:
+    """A model in a process of its own, whose forward passes never wait for Python that parses requests.
+
+    Args:
+        name: the base.
+        precision: of its trunk.
+        threads: of a forward pass; 0: one a core, less one from three on.
+    Raises:
+        InfuseError: the base can't be loaded. (From the other functions: 503, because the process has ended.)
+    """
+
+    def __init__(self, name: str, precision: str, threads: int = 0):
+        context = get_context("spawn")  # a fork would copy the locks of torch's threads as they happen to be
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, name, precision, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        try:
+            self.tokenizer = tokenizer_of(name)
+            self.about: About = self._answer()
+        except BaseException:
+            self.close()
+            raise
+
+    def attach(self, file: File, name: str) -> None:
+        self._call("attach", file, name)
+
+    def remove(self, name: str) -> None:
+        self._call("remove", name)
+
+    def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
+        return self._call("forward", tokens, names)
+
+    def wait(self) -> None:
+        """Return when the process has ended."""
+        wait([self.process.sentinel])
+
+    def close(self) -> bool:
+        """End the process, which has nothing left to answer; False if it had ended by itself."""
+        lived = self.process.is_alive()
+        self.pipe.close()
+        self.process.join(1)
+        self.process.kill()
+        self.process.join()
+        return lived
+
+    def _call(self, function: str, *given: Any) -> Any:
+        try:
+            self.pipe.send((function, given))
+        except OSError:
+            raise refusals.gone(self.process.exitcode) from None
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            done, found = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            raise refusals.gone(self.process.exitcode) from None
+        if done:
+            return found
+        raise found
+
+
+def _work(pipe: Connection, name: str, precision: str, threads: int) -> None:
+    """Answer calls until the other end is closed, be it because the server's process was killed."""
+    for each in (signal.SIGINT, signal.SIGTERM):  # to end is the server's decision: there are requests to answer
+        signal.signal(each, signal.SIG_IGN)
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads or own - (own > 2))
+    try:
+        model = Here(load_base(name, precision=precision))
+    except InfuseError as error:
+        pipe.send((False, error))
+        return
+    answer: tuple[bool, Any] = True, model.about
+    while True:
+        try:
+            pipe.send(answer)
+            function, given = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = True, getattr(model, function)(*given)
+        except InfuseError as error:
+            answer = False, error
+        except Exception:  # with its traceback, as text: not every exception can be sent
+            answer = False, RuntimeError(traceback.format_exc())
