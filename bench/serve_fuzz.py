@@ -127,12 +127,12 @@ def counted(server: Running) -> Counter:
 
 
 def state(server: Running) -> dict[str, Any]:
-    process = Path(f"/proc/{server.process.pid}")
-    lines = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    both = [Path(f"/proc/{pid}") for pid in (server.process.pid, server.model)]
+    lines = [dict(line.split(":", 1) for line in (p / "status").read_text().splitlines()) for p in both]
     return {
-        "rss MB": round(int(lines["VmRSS"].split()[0]) / 1024, 1),
-        "files": len(list((process / "fd").iterdir())),
-        "threads": int(lines["Threads"]),
+        "rss MB": round(sum(int(each["VmRSS"].split()[0]) for each in lines) / 1024, 1),  # shared pages count twice
+        "files": sum(len(list((process / "fd").iterdir())) for process in both),
+        "threads": sum(int(each["Threads"]) for each in lines),
         "requests": requests(server),
         "statuses": dict(sorted(counted(server).items())),
     }

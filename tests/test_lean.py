@@ -1,5 +1,7 @@
 """Autograd functions that keep little: exact against ordinary autograd, and lean."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 import infuse
 from infuse import lean
-from infuse.attention import NAME, _plain, _ShortRows
+from infuse.attention import NAME, _plain, _ShortRows, attention
 from infuse.ops import activation
 from infuse.testing import TINY
 from infuse.testing.conformance import close, output, wake
@@ -124,6 +126,23 @@ def test_attention_equals_plain_autograd(rows, groups, keys, length, seed):
         torch.testing.assert_close(
             torch.autograd.grad(ours, (q, k, v), weights), torch.autograd.grad(plain, (q, k, v), weights)
         )
+
+
+@pytest.mark.parametrize("length", range(1, 49))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_without_gradients_at_every_length(length, dtype):
+    q = leaf(2, 6, length, 8, seed=length).detach()
+    k, v = leaf(2, 3, length, 8, seed=1).detach(), leaf(2, 3, length, 8, seed=2).detach()
+    mask = torch.zeros(2, 1, length, length, dtype=torch.double)
+    mask[0, :, :, length // 2 + 1 :] = torch.finfo(torch.double).min
+    module = SimpleNamespace(num_key_value_groups=2)
+    for each in (None, mask, torch.zeros(2, 1, length, length, dtype=torch.bool).logical_not()):
+        floats = each is not None and each.is_floating_point()
+        own = each.to(dtype).clamp(min=torch.finfo(dtype).min) if floats else each
+        with torch.inference_mode():
+            ours = attention(module, q.to(dtype), k.to(dtype), v.to(dtype), own, scaling=0.7, is_causal=False)[0]
+        plain = _plain(q, k, v, each if floats else None, 0.7, 0.0)
+        torch.testing.assert_close(ours.double(), plain, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.03)
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -128,7 +128,8 @@ def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, drop
 def _aligned(k: Keys, v: Keys, mask: Tensor) -> tuple[Keys, Keys, Tensor]:
     """Masked keys up to a multiple of 16 where more than half of them are there: on a rest torch's kernel is slow."""
     more = -k.shape[2] % LANES
-    if k.shape[2] > SHORT or not 0 < more <= LANES // 2:
+    plain = mask.is_floating_point() and mask.shape[-1] == k.shape[2] <= SHORT
+    if not plain or not 0 < more <= LANES // 2:
         return k, v, mask
     lowest = torch.finfo(mask.dtype).min
     return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), F.pad(mask, (0, more), value=lowest)
