@@ -103,11 +103,11 @@ def attention(
         or not (trains and fixed)
         or kwargs.get("cache") is not None
     ):
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if plain and query.device.type in ("cpu", "meta") and attention_mask is not None and bias is None:
+            key, value, attention_mask = _aligned(key, value, attention_mask)
         if query.is_meta:
             return _shapes(query, key, value, attention_mask), None
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if plain and query.device.type == "cpu" and attention_mask is not None and bias is None:
-            key, value, attention_mask = _aligned(key, value, attention_mask)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias

@@ -177,6 +177,9 @@ def work(
     def claimed(trial: Trial) -> float:
         nonlocal mine, broken
         mine = trial.number
+        # Optuna's first heartbeat comes from a thread; a worker that is killed before it would be waited for for ever.
+        storage: Any = study._storage
+        storage.record_heartbeat(trial._trial_id)
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
         taken = sorted(t.number for t in study.get_trials(deepcopy=False) if t.state in COUNTED or _runs(t))
         if taken.index(trial.number) >= trials:
