@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check clean
+.PHONY: demo test check lint clean
 
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,10 +26,12 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(BIN)/python -m pytest --numprocesses auto
 
-check: $(VENV)/dev
+lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean:
