@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import infuse
+from infuse import routing
 from infuse.banks import Bank
 from infuse.method import registry
 from infuse.model import store_of
@@ -50,6 +51,41 @@ def test_methods_that_take_stacked_parameters_agree_with_vmap(method, arch, monk
     close(output(model, batch, rows), stacked)
     with torch.no_grad():
         close(output(model, batch, rows), stacked)
+
+
+@pytest.mark.parametrize("method", [*registry(), "lora:dora=true", "fusion"])
+def test_rows_of_one_adapter_as_one_long_row(method, monkeypatch):
+    """What pays for large adapters gives the same for small ones."""
+    model = tiny("bert").eval()
+    if method == "fusion":
+        for seed, member in enumerate(["m1", "m2"]):
+            infuse.attach(model, "pfeiffer", member)
+            wake(model, member, seed)
+    for seed, name in enumerate(NAMES):
+        if method == "fusion":
+            infuse.fuse(model, ["m1", "m2"], name=name)
+        else:
+            infuse.attach(model, "compacter:width=4" if method == "compacter" else method, name)
+        wake(model, name, seed)
+    way, calls = routing._by_adapter, []
+    monkeypatch.setattr(routing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
+    monkeypatch.setattr(routing, "_pays", lambda group, *_: len(group.adapters) < len(group.which))
+    check(model, ["a", "b", None, "a", "c", "c", "c"])
+    check(model, ["d", "d", "a", "b"])
+    assert calls
+
+
+def test_large_adapters_are_not_copied_for_every_row(monkeypatch):
+    model = tiny("bert").eval()
+    for seed, name in enumerate(NAMES):
+        infuse.attach(model, "parallel:width=512", name)
+        wake(model, name, seed)
+    way, calls = routing._by_adapter, []
+    monkeypatch.setattr(routing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
+    check(model, NAMES)
+    assert not calls  # a row each: nothing is copied anyway
+    check(model, [*NAMES, *NAMES, "a"])
+    assert calls
 
 
 def test_rows_of_several_methods_side_by_side_or_not(model):

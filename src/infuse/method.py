@@ -68,7 +68,8 @@ class Method(ABC):
     """Whether the base itself is trained (full fine-tuning, the contrast to every adapter)."""
     stackable: ClassVar[bool] = False
     """Whether ``forward`` or ``update`` also takes parameters with a row per text, matrices (rows, a, b) and vectors
-    (rows, 1, n), for activations (rows, positions, width). Others run under ``vmap`` in mixed batches, at more cost."""
+    (rows, 1, n), for activations (rows, positions, width), each position by itself. Others run under ``vmap`` in mixed
+    batches, at more cost."""
     asks: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Function → names of the tensors that it asks for; filled from the signatures."""
 

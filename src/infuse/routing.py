@@ -7,7 +7,7 @@ into the recomputation. Without one, a model's ``active`` adapter serves plain c
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from threading import local
 from typing import Any, Protocol
 
@@ -68,7 +68,7 @@ Parameters = tuple[Params, list[Params]]
 """A delta's own parameters, and those of its members."""
 
 
-def each(change: Callable[[Tensor], Tensor], p: Parameters) -> Parameters:
+def _each(change: Callable[[Tensor], Tensor], p: Parameters) -> Parameters:
     """Parameters with every tensor changed (by a fraction of the work of a general tree's ``map``)."""
     own, members = p
     return {n: change(v) for n, v in own.items()}, [{n: change(v) for n, v in m.items()} for m in members]
@@ -95,12 +95,23 @@ class Group:
     def index(self, slots: tuple[int, ...]) -> slice | Int[Tensor, " rows"]:
         """The slot of every row, from those of the adapters; most sites have the same."""
         if slots not in self.found:
-            first, last = slots[0], slots[0] + len(slots)
-            if len(self.which) == len(slots) and slots == tuple(range(first, last)):
-                self.found[slots] = slice(first, last)  # no need to copy
-            else:
-                self.found[slots] = torch.tensor(slots, device=self.which.device)[self.which]
+            every = len(self.which) == len(slots)
+            at = torch.tensor(slots, device=self.which.device)
+            self.found[slots] = _slots(slots, at.device) if every else at[self.which]
         return self.found[slots]
+
+    @cached_property
+    def table(self) -> Int[Tensor, "adapters most"]:
+        """The rows of every adapter; those with fewer than the most repeat one."""
+        own = [[i for i, a in enumerate(self.which.tolist()) if a == adapter] for adapter in range(len(self.adapters))]
+        most = max(map(len, own))
+        return torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in own], device=self.which.device)
+
+    @cached_property
+    def places(self) -> Int[Tensor, " rows"]:
+        """Where each row first stands in the table."""
+        flat = self.table.flatten().tolist()
+        return torch.tensor([flat.index(row) for row in range(len(self.which))], device=self.which.device)
 
 
 @dataclass(eq=False)
@@ -337,25 +348,57 @@ def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: sl
 def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
     recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
     direct = call.h.ndim == 3 and all(m.stackable for m in (recipe.method, *recipe.members))
+    given = call.rowwise(recipe.needs, group.rows)
 
     def stacked(some: Iterable[Adapter]) -> Any:
         both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
         if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
             both = vmap(partial(recipe.prepare, fixed=fixed))(both)
         both = _cast(both, call.h.dtype)
-        return each(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
+        return _each(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
 
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
-        p = each(lambda value: value.index_select(0, group.which), stacked(group.adapters))
+        p = _each(lambda value: value.index_select(0, group.which), stacked(group.adapters))
     else:
         key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
         bank, slots = call.banks.slots(key, group.adapters, stacked)
-        at = group.index(slots)
-        p = each(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
+        if direct and _pays(group, bank, given):
+            return _by_adapter(recipe, group, _taken(bank, _slots(slots, call.h.device)), given, fixed).to(call.h.dtype)
+        p = _taken(bank, group.index(slots))
     run = partial(recipe.new, fixed=fixed)
     if not direct:
         run = vmap(run, randomness="different")
-    return run(p, call.rowwise(recipe.needs, group.rows)).to(call.h.dtype)
+    return run(p, given).to(call.h.dtype)
+
+
+def _slots(slots: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " slots"]:
+    """An index of slots; where they follow each other, one that copies nothing."""
+    first, last = slots[0], slots[0] + len(slots)
+    return slice(first, last) if slots == tuple(range(first, last)) else torch.tensor(slots, device=device)
+
+
+def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:
+    return _each(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
+
+
+def _pays(group: Group, bank: Parameters, given: Mapping[str, Tensor]) -> bool:
+    """Whether copying activations together by adapter is less than copying parameters for every row."""
+    if len(group.adapters) == len(group.which):
+        return False
+    size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
+    copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
+    return len(group.adapters) * size + copied < len(group.which) * size
+
+
+def _by_adapter(
+    recipe: Recipe, group: Group, p: Parameters, given: Mapping[str, Tensor], fixed: Mapping[str, Any]
+) -> Tensor:
+    """All rows of an adapter as one long row: methods know no positions."""
+    adapters, most = group.table.shape
+    flat = group.table.flatten()
+    long = {n: v.index_select(0, flat).reshape(adapters, most * v.shape[1], -1) for n, v in given.items()}
+    new = recipe.new(p, long, fixed)
+    return new.reshape(adapters * most, -1, new.shape[-1]).index_select(0, group.places)
 
 
 def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> Any:
@@ -364,7 +407,7 @@ def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> 
 
 
 def _cast(p: "Parameters", dtype: torch.dtype) -> "Parameters":
-    return each(lambda value: value.to(dtype), p)
+    return _each(lambda value: value.to(dtype), p)
 
 
 _KINDS: dict[Any, int] = {}
