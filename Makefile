@@ -24,7 +24,7 @@ demo: $(VENV)/demo
 	  "can you take me to five thousand a month on the card"
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(VENV)/dev
 	$(BIN)/ruff format --check .

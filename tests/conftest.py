@@ -28,6 +28,11 @@ LABELS = ("card_lost", "loan_repay_early", "pin_forgotten", "savings_rate", "sta
 SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The README's commands, the longest tests, come first: at the end one worker would run them alone."""
+    items.sort(key=lambda item: item.path.name != "test_docs.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("bases") / "tiny")
