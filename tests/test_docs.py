@@ -24,9 +24,13 @@ def blocks(language):
     ]
 
 
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+if "PYTEST_XDIST_WORKER" in os.environ:  # other tests run on the other cores
+    ENVIRONMENT["OMP_NUM_THREADS"] = "1"
+
+
 def run(command, folder, stdin=None):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, cwd=folder, env=environment, input=stdin, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, input=stdin, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -52,7 +56,7 @@ def test_commands(session, tmp_path):
 @contextmanager
 def serving(command, folder):
     """A server that is ready, until the end of the block."""
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None
             said = server.stderr.readline()
