@@ -103,15 +103,17 @@ class Group:
     @cached_property
     def table(self) -> Int[Tensor, "adapters most"]:
         """The rows of every adapter; those with fewer than the most repeat one."""
-        own = [[i for i, a in enumerate(self.which.tolist()) if a == adapter] for adapter in range(len(self.adapters))]
+        own: list[list[int]] = [[] for _ in self.adapters]
+        for row, adapter in enumerate(self.which.tolist()):
+            own[adapter].append(row)
         most = max(map(len, own))
         return torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in own], device=self.which.device)
 
     @cached_property
     def places(self) -> Int[Tensor, " rows"]:
-        """Where each row first stands in the table."""
-        flat = self.table.flatten().tolist()
-        return torch.tensor([flat.index(row) for row in range(len(self.which))], device=self.which.device)
+        """Where each row stands in the table."""
+        places = {row: place for place, row in enumerate(self.table.flatten().tolist())}
+        return torch.tensor([places[row] for row in range(len(self.which))], device=self.which.device)
 
 
 @dataclass(eq=False)
@@ -378,6 +380,7 @@ def _slots(slots: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, 
 
 
 def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:
+    """The parameters in some slots of a bank."""
     return _each(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
 
 
