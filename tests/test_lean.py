@@ -110,7 +110,7 @@ def test_bottleneck(name, frozen):
 
 
 @given(
-    rows=st.integers(1, 3), groups=st.integers(1, 3), keys=st.integers(1, 2), length=st.integers(1, 5),
+    rows=st.integers(1, 3), groups=st.integers(1, 3), keys=st.integers(1, 2), length=st.integers(1, 18),
     seed=st.integers(0, 9),
 )  # fmt: skip
 def test_attention_equals_plain_autograd(rows, groups, keys, length, seed):

@@ -34,22 +34,26 @@ class _ShortRows(torch.autograd.Function):
 
     Backward keeps q, k and v as they came (views of what the projections gave) and the probabilities, nothing else.
     Heads that share keys (grouped queries) are taken as more positions of one head, so that no key is repeated.
+    Where keys fill more than half of a vector register but not all of it, masked ones are added inside (:func:`_full`).
     """
 
     @staticmethod
     def forward(ctx: Any, q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float) -> Mixed:
-        scores = torch.bmm(_flat(q, k), _flat(k, k).transpose(1, 2)).to(_wide(q, k)).mul_(scaling)
+        scores = torch.bmm(_flat(q, k), _full(k).transpose(1, 2)).to(_wide(q, k)).mul_(scaling)
+        keys = k.shape[2]
         if mask is not None:
             rows, heads, positions, _ = q.shape
-            by_head = scores.view(rows, k.shape[1], heads // k.shape[1], positions, -1)
+            by_head = scores.view(rows, k.shape[1], heads // k.shape[1], positions, -1)[..., :keys]
             if mask.shape[1] == 1:
                 by_head += mask.unsqueeze(2)
             else:
                 by_head += mask.expand(rows, heads, positions, -1).reshape(by_head.shape)
+        if scores.shape[-1] > keys:
+            scores[..., keys:] = -torch.inf
         p = scores.softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, p)
         ctx.scaling = scaling
-        return torch.bmm(p, _flat(v, k)).view(*q.shape[:3], v.shape[-1]).transpose(1, 2).contiguous()
+        return torch.bmm(p, _full(v)).view(*q.shape[:3], v.shape[-1]).transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
@@ -59,15 +63,15 @@ class _ShortRows(torch.autograd.Function):
         wants_q, wants_k, wants_v = ctx.needs_input_grad[:3]
         grad_q = grad_k = grad_v = None
         if wants_v:
-            grad_v = torch.bmm(p.transpose(1, 2), g).view(v.shape)
+            grad_v = _cut(torch.bmm(p.transpose(1, 2), g), v)
         if wants_q or wants_k:
             dtype = _wide(q, k)
-            inner = torch.bmm(g, _flat(v, k).transpose(1, 2)).to(dtype)
+            inner = torch.bmm(g, _full(v).transpose(1, 2)).to(dtype)
             inner = _softmax_backward(inner, p.to(dtype), -1, dtype).mul_(ctx.scaling).to(q.dtype)
             if wants_q:
-                grad_q = torch.bmm(inner, _flat(k, k)).view(q.shape)
+                grad_q = torch.bmm(inner, _full(k)).view(q.shape)
             if wants_k:
-                grad_k = torch.bmm(inner.transpose(1, 2), _flat(q, k)).view(k.shape)
+                grad_k = _cut(torch.bmm(inner.transpose(1, 2), _flat(q, k)), k)
         return grad_q, grad_k, grad_v, None, None
 
 
@@ -78,6 +82,16 @@ def _wide(q: Query, k: Keys) -> torch.dtype:
 
 def _flat(x: Tensor, k: Keys) -> Float[Tensor, "rows_and_key_heads positions width"]:
     return x.reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def _full(x: Keys) -> Float[Tensor, "rows_and_key_heads keys_or_more width"]:
+    """Keys or values; from 8 to 15 of them are filled up with zeros to 16, which torch's softmax takes at once."""
+    more = LANES - x.shape[2]
+    return _flat(F.pad(x, (0, 0, 0, more)) if 0 < more <= LANES // 2 else x, x)
+
+
+def _cut(x: Float[Tensor, "rows_and_key_heads keys_or_more width"], like: Keys) -> Keys:
+    return x.view(*like.shape[:2], -1, like.shape[-1])[:, :, : like.shape[2]]
 
 
 def attention(
