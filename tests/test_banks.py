@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import infuse
-from infuse import routing
+from infuse import mixing
 from infuse.banks import Bank
 from infuse.method import registry
 from infuse.model import store_of
@@ -67,9 +67,9 @@ def test_rows_of_one_adapter_as_one_long_row(method, monkeypatch):
         else:
             infuse.attach(model, "compacter:width=4" if method == "compacter" else method, name)
         wake(model, name, seed)
-    way, calls = routing._by_adapter, []
-    monkeypatch.setattr(routing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
-    monkeypatch.setattr(routing, "_pays", lambda group, *_: len(group.adapters) < len(group.which))
+    way, calls = mixing._by_adapter, []
+    monkeypatch.setattr(mixing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
+    monkeypatch.setattr(mixing, "_pays", lambda group, *_: len(group.adapters) < len(group.which))
     check(model, ["a", "b", None, "a", "c", "c", "c"])
     check(model, ["d", "d", "a", "b"])
     assert calls
@@ -80,8 +80,8 @@ def test_large_adapters_are_not_copied_for_every_row(monkeypatch):
     for seed, name in enumerate(NAMES):
         infuse.attach(model, "parallel:width=512", name)
         wake(model, name, seed)
-    way, calls = routing._by_adapter, []
-    monkeypatch.setattr(routing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
+    way, calls = mixing._by_adapter, []
+    monkeypatch.setattr(mixing, "_by_adapter", lambda *given: calls.append(given) or way(*given))
     check(model, NAMES)
     assert not calls  # a row each: nothing is copied anyway
     check(model, [*NAMES, *NAMES, "a"])

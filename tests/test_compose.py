@@ -5,7 +5,7 @@ import torch
 
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
-from infuse.routing import mixing_weights
+from infuse.calls import mixing_weights
 from infuse.testing import TINY, inputs, tiny, wake
 from infuse.testing.conformance import close, output
 

@@ -47,7 +47,7 @@ class Adapter(nn.Module):
             stand in for the originals, which stay as they are.
         head: pooling and classifier of this adapter, if it has one (see :mod:`infuse.heads`).
         members: names of the adapters that a mixer mixes.
-        kinds: site name → number of those that run as one there (see :func:`infuse.routing.kinds`).
+        kinds: site name → number of those that run as one there (see :func:`infuse.recipe.kinds`).
         info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
     """
 

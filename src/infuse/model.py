@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, build, classification_head, copies, key
 from infuse.arch import Arch
 from infuse.banks import Banks
+from infuse.calls import forget_residuals
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, make
-from infuse.routing import Mixed, Recipe, Route, current, forget_residuals, kinds, levels, route_of, use
+from infuse.recipe import Recipe, kinds
+from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
 from infuse.taps import PerAdapter, Tap, carry_routes
 

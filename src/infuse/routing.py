@@ -1,81 +1,24 @@
-"""Routes: which adapter each row of a batch uses, and the arithmetic of mixed batches.
+"""Routes: which adapter each row of a batch uses, and which rows run as one.
 
 The route belongs to the call: :func:`use` binds it to the current thread, and gradient checkpointing carries it
 into the recomputation. Without one, a model's ``active`` adapter serves plain calls.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from threading import local
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.func import vmap
-from torch.utils._pytree import tree_map
+from jaxtyping import Int
+from torch import Tensor
 
 from infuse.adapter import Adapter
-from infuse.banks import Banks
 from infuse.errors import InfuseError
-from infuse.method import Method, Mixer, Params
+from infuse.method import Mixer
 from infuse.sites import Site
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is computed at a site: a method, and for a mixer the methods of its members."""
-
-    method: Method
-    members: tuple[Method, ...] = ()
-
-    @staticmethod
-    def of(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> "Recipe":
-        return Recipe(adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the tensors that the functions ask for."""
-        asked = [m.wants("update") | {"h"} if m.additive else m.wants("forward") for m in (self.method, *self.members)]
-        return frozenset().union(*asked)
-
-    def prepare(self, p: "Parameters", fixed: Mapping[str, Any]) -> "Parameters":
-        own, members = p
-        prepared = [_ask(m, "prepare", each, fixed) for m, each in zip(self.members, members, strict=True)]
-        return _ask(self.method, "prepare", own, fixed), prepared
-
-    def new(self, p: "Parameters", given: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tensor:
-        """The new activation from prepared parameters."""
-        own, members = p
-        given = {**given, **fixed}
-        if isinstance(self.method, Mixer):
-            updates = [_ask(m, "update", each, given) for m, each in zip(self.members, members, strict=True)]
-            stacked = torch.stack(updates, dim=-2)
-            query = next(
-                (given[n] for n in ("normed", "residual") if n in self.members[-1].wants("update")), given["h"]
-            )
-            weights = self.method.weigh(own, query, stacked, fixed["training"])
-            _CALLS.note(fixed["site"], weights)
-            return given["h"] + self.method.mix(own, weights, stacked)
-        if self.method.additive:
-            return given["h"] + _ask(self.method, "update", own, given)
-        return _ask(self.method, "forward", own, given)
-
-
-Parameters = tuple[Params, list[Params]]
-"""A delta's own parameters, and those of its members."""
-
-
-def _each(change: Callable[[Tensor], Tensor], p: Parameters) -> Parameters:
-    """Parameters with every tensor changed (by a fraction of the work of a general tree's ``map``)."""
-    own, members = p
-    return {n: change(v) for n, v in own.items()}, [{n: change(v) for n, v in m.items()} for m in members]
-
-
-def parameters(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> Parameters:
-    return adapter.params(site), [adapters[m].params(site) for m in adapter.members]
 
 
 @dataclass(frozen=True)
@@ -97,7 +40,7 @@ class Group:
         if slots not in self.found:
             every = len(self.which) == len(slots)
             at = torch.tensor(slots, device=self.which.device)
-            self.found[slots] = _slots(slots, at.device) if every else at[self.which]
+            self.found[slots] = slots_at(slots, at.device) if every else at[self.which]
         return self.found[slots]
 
     @cached_property
@@ -154,24 +97,13 @@ class Mixed:
 Route = str | Mixed | None
 
 
-class _Calls(local):
+class _Routes(local):
     """The routes in force in this thread, innermost last (a ContextVar would break ``torch.compile``'s graph)."""
 
-    routes: tuple[tuple[Any, Route], ...] = ()
-    residuals: dict[tuple[int, str], Tensor]
-
-    weights: dict[str, list[Tensor]] | None = None
-
-    def __init__(self) -> None:
-        self.residuals = {}
-
-    def note(self, site: str, weights: Tensor) -> None:
-        """Keep a mixer's weights if :func:`mixing_weights` listens."""
-        if self.weights is not None:
-            self.weights.setdefault(site, []).append(weights.detach())
+    stack: "tuple[tuple[Any, Route], ...]" = ()
 
 
-_CALLS = _Calls()
+_ROUTES = _Routes()
 
 
 class Routed(Protocol):
@@ -182,7 +114,7 @@ class Routed(Protocol):
 
 def current(store: Routed) -> Route:
     """The route of this call: the innermost one in force for this model, else its active adapter."""
-    for owner, route in reversed(_CALLS.routes):
+    for owner, route in reversed(_ROUTES.stack):
         if owner is store:
             return route
     return store.active
@@ -191,38 +123,12 @@ def current(store: Routed) -> Route:
 @contextmanager
 def use(store: Routed, route: Route) -> Iterator[None]:
     """Bind ``route`` to calls of this store's model within the block, in this thread only."""
-    outer = _CALLS.routes
-    _CALLS.routes = (*outer, (store, route))
+    outer = _ROUTES.stack
+    _ROUTES.stack = (*outer, (store, route))
     try:
         yield
     finally:
-        _CALLS.routes = outer
-
-
-def keep_residual(store: Routed, path: str, value: Tensor) -> None:
-    """Remember the input of a site's source until the site itself is called, in this thread."""
-    _CALLS.residuals[id(store), path] = value
-
-
-def residual_at(store: Routed, site: Site) -> Tensor | None:
-    """What :func:`keep_residual` last remembered for a site."""
-    return None if site.source is None else _CALLS.residuals.get((id(store), site.source))
-
-
-def forget_residuals(store: Routed) -> None:
-    """Drop what a forward pass has left, so that no activation outlives it."""
-    for key in [key for key in _CALLS.residuals if key[0] == id(store)]:
-        del _CALLS.residuals[key]
-
-
-@contextmanager
-def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
-    """Calls under one mixer within the block leave its weights here: site → (rows, positions, members) per call."""
-    outer, _CALLS.weights = _CALLS.weights, {}
-    try:
-        yield _CALLS.weights
-    finally:
-        _CALLS.weights = outer
+        _ROUTES.stack = outer
 
 
 def side_by_side(adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[int]:
@@ -240,54 +146,6 @@ def route_of(names: str | Sequence[str | None] | None, known: Mapping[str, Any])
             have = ", ".join(known) or "none"
             raise InfuseError(f"Unknown adapter {name!r}; the model has {have}. Attach or load it first.")
     return rows[0] if names is None or isinstance(names, str) else Mixed(rows)
-
-
-@dataclass
-class Call:
-    """One call of a site's module: its activation and input, and on demand what the site's surroundings hold.
-
-    Attributes:
-        h: the activation, (rows, ..., width).
-        x: the input of the site's module, (rows, ..., in_features).
-        residual: what the model adds to a sublayer's output; kept from the call of the site's ``source``.
-        banks: where mixed batches without gradients find their parameters.
-    """
-
-    site: Site
-    h: Tensor
-    x: Tensor
-    training: bool
-    residual: Tensor | None = None
-    banks: Banks | None = None
-    kept: Tensor | None = None
-
-    def rowwise(self, names: Iterable[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
-        """The tensors asked for that have a row per text, of some rows or all."""
-        given = {name: getattr(self, name) for name in ("h", "x", "residual", "normed") if name in names}
-        every = isinstance(rows, slice) and rows == slice(None)
-        return given if every else {name: value[rows] for name, value in given.items()}
-
-    def fixed(self) -> dict[str, Any]:
-        """What is the same for all rows."""
-        site = self.site
-        return {"weight": site.weight, "bias": site.bias, "training": self.training, "site": site.name}
-
-    @property
-    def normed(self) -> Tensor:
-        """``LN(h + residual)``, or the sum where no LayerNorm follows; computed once."""
-        if self.kept is None:
-            assert self.residual is not None
-            total = self.h + self.residual
-            self.kept = total if self.site.norm is None else self.site.norm(total)
-        assert self.kept is not None
-        return self.kept
-
-
-def adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Float[Tensor, "rows *positions width"]:
-    """The activation of a call's site under ``route``; stacked adapters act one after the other."""
-    for level in levels(adapters, route):
-        call = replace(call, h=_adapted(adapters, level, call), kept=None)
-    return call.h
 
 
 def levels(adapters: Mapping[str, Adapter], route: Route) -> Sequence[Route]:
@@ -308,124 +166,10 @@ def _chain(adapters: Mapping[str, Adapter], name: str) -> tuple[str, ...]:
     return (name,) if not adapter.members or isinstance(adapter.method, Mixer) else adapter.members
 
 
-def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tensor:
-    h, site = call.h, call.site
-    if not isinstance(route, Mixed):
-        if route is None or adapters[route].delta(site) is None:
-            return h
-        return _one(adapters, adapters[route], call)
-    if len(h) != len(route.names):
-        raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
-    groups = route.plan(adapters, site, h.device)
-    return _joined(h, [(group.rows, _new(adapters, group, call)) for group in groups])
-
-
-def _new(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
-    if len(group.adapters) == 1:
-        return _one(adapters, next(iter(group.adapters)), call, group.rows)
-    return _many(adapters, group, call)
-
-
-def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, Tensor]]) -> Tensor:
-    """``h`` with new values in some of its rows; those of slices, which come in their order, are copied once."""
-    pieces, end = [], 0
-    for rows, new in parts:
-        if not isinstance(rows, slice):
-            h = h.index_copy(0, rows, new)
-        else:
-            start = rows.start or 0
-            pieces += [h[end:start], new] if start > end else [new]
-            end = start + len(new)
-    if pieces and end < len(h):
-        pieces.append(h[end:])
-    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else h
-
-
-def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)) -> Tensor:
-    recipe, fixed = Recipe.of(adapters, adapter, call.site), call.fixed()
-    p = recipe.prepare(parameters(adapters, adapter, call.site), fixed)
-    return recipe.new(_cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), fixed).to(call.h.dtype)
-
-
-def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
-    recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
-    direct = call.h.ndim == 3 and all(m.stackable for m in (recipe.method, *recipe.members))
-    given = call.rowwise(recipe.needs, group.rows)
-
-    def stacked(some: Iterable[Adapter]) -> Any:
-        both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
-        if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
-            both = vmap(partial(recipe.prepare, fixed=fixed))(both)
-        both = _cast(both, call.h.dtype)
-        return _each(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
-
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
-        p = _each(lambda value: value.index_select(0, group.which), stacked(group.adapters))
-    else:
-        key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
-        bank, slots = call.banks.slots(key, group.adapters, stacked)
-        if direct and _pays(group, bank, given):
-            return _by_adapter(recipe, group, _taken(bank, _slots(slots, call.h.device)), given, fixed).to(call.h.dtype)
-        p = _taken(bank, group.index(slots))
-    run = partial(recipe.new, fixed=fixed)
-    if not direct:
-        run = vmap(run, randomness="different")
-    return run(p, given).to(call.h.dtype)
-
-
-def _slots(slots: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " slots"]:
+def slots_at(slots: tuple[int, ...], device: torch.device) -> slice | Int[Tensor, " slots"]:
     """An index of slots; where they follow each other, one that copies nothing."""
     first, last = slots[0], slots[0] + len(slots)
     return slice(first, last) if slots == tuple(range(first, last)) else torch.tensor(slots, device=device)
-
-
-def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:
-    """The parameters in some slots of a bank."""
-    return _each(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
-
-
-def _pays(group: Group, bank: Parameters, given: Mapping[str, Tensor]) -> bool:
-    """Whether copying activations together by adapter is less than copying parameters for every row."""
-    if len(group.adapters) == len(group.which):
-        return False
-    size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
-    copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
-    return len(group.adapters) * size + copied < len(group.which) * size
-
-
-def _by_adapter(
-    recipe: Recipe, group: Group, p: Parameters, given: Mapping[str, Tensor], fixed: Mapping[str, Any]
-) -> Tensor:
-    """All rows of an adapter as one long row: methods know no positions."""
-    adapters, most = group.table.shape
-    flat = group.table.flatten()
-    long = {n: v.index_select(0, flat).reshape(adapters, most * v.shape[1], -1) for n, v in given.items()}
-    new = recipe.new(p, long, fixed)
-    return new.reshape(adapters * most, -1, new.shape[-1]).index_select(0, group.places)
-
-
-def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> Any:
-    """Call a method's function with those of the given tensors that it asks for."""
-    return getattr(method, function)(p, **{name: given[name] for name in method.wants(function)})
-
-
-def _cast(p: "Parameters", dtype: torch.dtype) -> "Parameters":
-    return _each(lambda value: value.to(dtype), p)
-
-
-_KINDS: dict[Any, int] = {}
-
-
-def kinds(adapters: Mapping[str, Adapter], adapter: Adapter) -> dict[str, int]:
-    """Site → a number for what adapters must share to run as one group there: methods up to their roles, and shapes."""
-    found = {}
-    for site in adapter.sites.values():
-        recipe = Recipe.of(adapters, adapter, site)
-        bare = (replace(recipe.method, roles=()), *(replace(m, roles=()) for m in recipe.members))
-        own, members = parameters(adapters, adapter, site)
-        shapes = tuple((n, v.shape) for p in (own, *members) for n, v in p.items())
-        found[site.name] = _KINDS.setdefault((bare, shapes), len(_KINDS))
-    return found
 
 
 def _group(
@@ -449,34 +193,3 @@ def _version(adapters: Mapping[str, Adapter], adapter: Adapter) -> int:
     if torch.compiler.is_compiling():  # where no bank is used
         return 0
     return adapter.version() + sum(adapters[member].version() for member in adapter.members)
-
-
-def run_copies(
-    adapters: Mapping[str, Adapter], route: Route, path: str, output: Any, args: tuple, kwargs: dict[str, Any]
-) -> Any:
-    """The output of the module at ``path`` where an adapter has a trained copy of it."""
-    if not isinstance(route, Mixed):
-        own = adapters[route].copy_of(path) if route is not None else None
-        return output if own is None else _call(own, args, kwargs)
-    out = output
-    for name in dict.fromkeys(n for n in route.names if n is not None):
-        own = adapters[name].copy_of(path)
-        if own is None:
-            continue
-        rows = torch.tensor([i for i, n in enumerate(route.names) if n == name], device=output.device)
-        new = _call(own, tuple(a[rows] if isinstance(a, Tensor) else a for a in args), kwargs)
-        if new.shape[1:] != output.shape[1:]:
-            raise InfuseError(
-                f"The head {path!r} of adapter {name!r} gives {new.shape[-1]} values a row and another one in this "
-                f"batch {output.shape[-1]}: route adapters with different labels through infuse.heads."
-            )
-        out = out.index_copy(0, rows, new.to(out.dtype))
-    return out
-
-
-def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    dtype = next(module.parameters()).dtype
-    own = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    out = module(*own, **kwargs)
-    # A norm hands on the trunk's dtype, which the next module needs; a head's logits keep their precision.
-    return out.to(args[0].dtype) if isinstance(out, Tensor) and out.shape == args[0].shape else out

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infuse.calls import keep_residual, residual_at
 from infuse.errors import InfuseError
-from infuse.routing import Call, Mixed, Route, adapted, current, keep_residual, residual_at, run_copies, use
+from infuse.mixing import adapted, run_copies
+from infuse.recipe import Call
+from infuse.routing import Mixed, Route, current, use
 from infuse.sites import Site
 
 

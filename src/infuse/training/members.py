@@ -12,11 +12,11 @@ from torch import nn
 
 from infuse.adapter import Adapter
 from infuse.bases import BaseModel
+from infuse.calls import mixing_weights
 from infuse.checkpoint import header, load
 from infuse.data import Rows
 from infuse.errors import InfuseError
 from infuse.model import route
-from infuse.routing import mixing_weights
 from infuse.texts import batches, pad, tokenize, trunk
 from infuse.training.plots import heat_map
 

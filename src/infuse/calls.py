@@ -1,0 +1,52 @@
+"""What the call of one module leaves for others in this thread: residuals, and mixing weights if somebody asks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+from typing import Any
+
+from torch import Tensor
+
+from infuse.sites import Site
+
+
+class _Left(local):
+    weights: dict[str, list[Tensor]] | None = None
+
+    def __init__(self) -> None:
+        self.residuals: dict[tuple[int, str], Tensor] = {}
+
+
+_LEFT = _Left()
+
+
+def keep_residual(store: Any, path: str, value: Tensor) -> None:
+    """Remember the input of a site's source until the site itself is called, in this thread."""
+    _LEFT.residuals[id(store), path] = value
+
+
+def residual_at(store: Any, site: Site) -> Tensor | None:
+    """What :func:`keep_residual` last remembered for a site."""
+    return None if site.source is None else _LEFT.residuals.get((id(store), site.source))
+
+
+def forget_residuals(store: Any) -> None:
+    """Drop what a forward pass has left, so that no activation outlives it."""
+    for key in [key for key in _LEFT.residuals if key[0] == id(store)]:
+        del _LEFT.residuals[key]
+
+
+@contextmanager
+def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
+    """Calls under one mixer within the block leave its weights here: site → (rows, positions, members) per call."""
+    outer, _LEFT.weights = _LEFT.weights, {}
+    try:
+        yield _LEFT.weights
+    finally:
+        _LEFT.weights = outer
+
+
+def note_weights(site: str, weights: Tensor) -> None:
+    """Keep a mixer's weights if :func:`mixing_weights` listens."""
+    if _LEFT.weights is not None:
+        _LEFT.weights.setdefault(site, []).append(weights.detach())

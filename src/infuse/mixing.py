@@ -1,0 +1,147 @@
+"""The arithmetic of a call: a site's activation under its route, mixed batches included."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._pytree import tree_map
+
+from infuse.adapter import Adapter
+from infuse.errors import InfuseError
+from infuse.method import Method
+from infuse.recipe import Call, Parameters, Recipe, cast, mapped, parameters
+from infuse.routing import Group, Mixed, Route, levels, slots_at
+
+
+def adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Float[Tensor, "rows *positions width"]:
+    """The activation of a call's site under ``route``; stacked adapters act one after the other."""
+    for level in levels(adapters, route):
+        call = replace(call, h=_adapted(adapters, level, call), kept=None)
+    return call.h
+
+
+def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tensor:
+    h, site = call.h, call.site
+    if not isinstance(route, Mixed):
+        if route is None or adapters[route].delta(site) is None:
+            return h
+        return _one(adapters, adapters[route], call)
+    if len(h) != len(route.names):
+        raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
+    groups = route.plan(adapters, site, h.device)
+    return _joined(h, [(group.rows, _new(adapters, group, call)) for group in groups])
+
+
+def _new(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
+    if len(group.adapters) == 1:
+        return _one(adapters, next(iter(group.adapters)), call, group.rows)
+    return _many(adapters, group, call)
+
+
+def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, Tensor]]) -> Tensor:
+    """``h`` with new values in some of its rows; those of slices, which come in their order, are copied once."""
+    pieces, end = [], 0
+    for rows, new in parts:
+        if not isinstance(rows, slice):
+            h = h.index_copy(0, rows, new)
+        else:
+            start = rows.start or 0
+            pieces += [h[end:start], new] if start > end else [new]
+            end = start + len(new)
+    if pieces and end < len(h):
+        pieces.append(h[end:])
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else h
+
+
+def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)) -> Tensor:
+    recipe, fixed = Recipe.of(adapters, adapter, call.site), call.fixed()
+    p = recipe.prepare(parameters(adapters, adapter, call.site), fixed)
+    return recipe.new(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), fixed).to(call.h.dtype)
+
+
+def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
+    recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
+    direct = call.h.ndim == 3 and all(m.stackable for m in (recipe.method, *recipe.members))
+    given = call.rowwise(recipe.needs, group.rows)
+
+    def stacked(some: Iterable[Adapter]) -> Any:
+        both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
+        if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
+            both = vmap(partial(recipe.prepare, fixed=fixed))(both)
+        both = cast(both, call.h.dtype)
+        return mapped(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
+        p = mapped(lambda value: value.index_select(0, group.which), stacked(group.adapters))
+    else:
+        key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
+        bank, slots = call.banks.slots(key, group.adapters, stacked)
+        if direct and _pays(group, bank, given):
+            p = _taken(bank, slots_at(slots, call.h.device))
+            return _by_adapter(recipe, group, p, given, fixed).to(call.h.dtype)
+        p = _taken(bank, group.index(slots))
+    run = partial(recipe.new, fixed=fixed)
+    if not direct:
+        run = vmap(run, randomness="different")
+    return run(p, given).to(call.h.dtype)
+
+
+def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:
+    """The parameters in some slots of a bank."""
+    return mapped(lambda value: value[at] if isinstance(at, slice) else value.index_select(0, at), bank)
+
+
+def _pays(group: Group, bank: Parameters, given: Mapping[str, Tensor]) -> bool:
+    """Whether copying activations together by adapter is less than copying parameters for every row."""
+    if len(group.adapters) == len(group.which):
+        return False
+    size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
+    copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
+    return len(group.adapters) * size + copied < len(group.which) * size
+
+
+def _by_adapter(
+    recipe: Recipe, group: Group, p: Parameters, given: Mapping[str, Tensor], fixed: Mapping[str, Any]
+) -> Tensor:
+    """All rows of an adapter as one long row: methods know no positions."""
+    adapters, most = group.table.shape
+    flat = group.table.flatten()
+    long = {n: v.index_select(0, flat).reshape(adapters, most * v.shape[1], -1) for n, v in given.items()}
+    new = recipe.new(p, long, fixed)
+    return new.reshape(adapters * most, -1, new.shape[-1]).index_select(0, group.places)
+
+
+def run_copies(
+    adapters: Mapping[str, Adapter], route: Route, path: str, output: Any, args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """The output of the module at ``path`` where an adapter has a trained copy of it."""
+    if not isinstance(route, Mixed):
+        own = adapters[route].copy_of(path) if route is not None else None
+        return output if own is None else _call(own, args, kwargs)
+    out = output
+    for name in dict.fromkeys(n for n in route.names if n is not None):
+        own = adapters[name].copy_of(path)
+        if own is None:
+            continue
+        rows = torch.tensor([i for i, n in enumerate(route.names) if n == name], device=output.device)
+        new = _call(own, tuple(a[rows] if isinstance(a, Tensor) else a for a in args), kwargs)
+        if new.shape[1:] != output.shape[1:]:
+            raise InfuseError(
+                f"The head {path!r} of adapter {name!r} gives {new.shape[-1]} values a row and another one in this "
+                f"batch {output.shape[-1]}: route adapters with different labels through infuse.heads."
+            )
+        out = out.index_copy(0, rows, new.to(out.dtype))
+    return out
+
+
+def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    dtype = next(module.parameters()).dtype
+    own = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    out = module(*own, **kwargs)
+    # A norm hands on the trunk's dtype, which the next module needs; a head's logits keep their precision.
+    return out.to(args[0].dtype) if isinstance(out, Tensor) and out.shape == args[0].shape else out
