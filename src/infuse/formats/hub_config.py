@@ -10,7 +10,7 @@ from torch import Tensor
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
-from infuse.formats.options import refuse_options
+from infuse.foreign import refuse_options
 from infuse.method import Method
 from infuse.methods.bottleneck import Bottleneck
 from infuse.methods.compacter import Compacter

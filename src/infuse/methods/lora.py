@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
-from infuse.formats.options import LORA_VARIANTS, pattern_value, refuse_options
+from infuse.foreign import LORA_VARIANTS, pattern_value, refuse_options
 from infuse.lean import low_rank
 from infuse.method import Method, Params, register
 from infuse.ops import joined, started
