@@ -432,3 +432,20 @@ def test_copies_of_tapped_modules_have_no_hooks():
     store_of(alone)["b"].load_state_dict(store_of(model)["b"].state_dict())
     with torch.inference_mode():
         close(output(model, batch, "b"), output(alone, batch, "b"))
+
+
+@pytest.mark.parametrize("roles", [("query", "value"), ("value", "query")])
+def test_adapters_alike_but_elsewhere_do_not_run_as_one(roles):
+    model = tiny("bert")
+    batch = inputs(model, rows=3)
+    first, second = (LoRA(rank=2, roles=(role,), alpha=2.0 + i) for i, role in enumerate(roles))
+    for name, method in (("a", first), ("b", second), ("c", LoRA(rank=2, roles=("query",), alpha=9.0))):
+        infuse.attach(model, method, name)
+        wake(model, name)
+    names = ["a", "b", "c"]
+    alone = []
+    for row, name in enumerate(names):
+        infuse.activate(model, name)
+        alone.append(output(model, batch)[row])
+    with torch.no_grad(), infuse.route(model, names):
+        close(output(model, batch), torch.stack(alone))

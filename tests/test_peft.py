@@ -5,7 +5,12 @@ import warnings
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
 import infuse
 from infuse import IA3, LoRA
@@ -61,12 +66,7 @@ def test_we_load_theirs(which, kind, tmp_path):
             task_type=task, r=4, target_modules=[query, ffn], rank_pattern={query: 2}, alpha_pattern={ffn: 3}
         ),
     }[which]
-    theirs = get_peft_model(model, config).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    theirs = moved(get_peft_model(model, config))
     expected = output(theirs.base_model.model, batch)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = make(kind)
@@ -84,3 +84,91 @@ def targets(kind):
     query = whole.get("query") or whole["qkv"]
     ffn = next(s.path for s in sites if s.role == "ffn_output")
     return query, ".".join(ffn.rsplit(".", 2)[-2:]) if "." in ffn else ffn
+
+
+def test_dropout_of_a_loaded_adapter_follows_the_model(tmp_path):
+    theirs = moved(get_peft_model(make("bert"), LoraConfig(target_modules=["query"], lora_dropout=0.5)))
+    theirs.save_pretrained(tmp_path)
+    ours = make("bert")
+    infuse.load(ours, tmp_path, name="task")
+    batch = inputs(ours)
+    assert not ours.training and torch.equal(output(ours, batch), output(ours, batch))
+    ours.train()
+    assert not torch.equal(output(ours, batch), output(ours, batch))
+
+
+@pytest.mark.parametrize("saved", ["bert.pooler", "output.LayerNorm", "word_embeddings", "classifier"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_every_module_that_peft_trained_is_loaded(saved, embeddings, tmp_path):
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=[saved])
+    theirs = moved(get_peft_model(make("bert"), config))
+    if embeddings:
+        with torch.no_grad():
+            theirs.get_input_embeddings().weight.add_(0.1)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=embeddings)
+    ours = make("bert")
+    infuse.load(ours, tmp_path, name="task")
+    close(output(ours, inputs(ours)), output(theirs.base_model.model, inputs(ours)))
+
+
+@pytest.mark.parametrize("pattern", ["bert.encoder.layer.1.attention.self.query", r"bert\..*query", "query"])
+def test_patterns_by_path_hold_on_a_model_without_the_head(pattern, tmp_path):
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=4, target_modules=["query"], alpha_pattern={pattern: 32}, rank_pattern={pattern: 2}
+    )
+    theirs = moved(get_peft_model(make("bert"), config))
+    theirs.save_pretrained(tmp_path)
+    bare = tiny("bert", AutoModel)
+    bare.load_state_dict(make("bert").bert.state_dict())
+    infuse.load(bare, tmp_path, name="task")
+    batch = inputs(bare)
+    close(output(bare, batch), theirs.base_model.model.bert(**batch).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "deberta-v2"])
+def test_scales_at_any_feed_forward_module_are_read_again(kind, tmp_path):
+    moved(get_peft_model(make(kind), IA3Config(task_type="SEQ_CLS"))).save_pretrained(tmp_path / "theirs")
+    ours, again = make(kind), make(kind)
+    infuse.load(ours, tmp_path / "theirs", name="task")
+    infuse.save(ours, "task", tmp_path / "ours")
+    infuse.load(again, tmp_path / "ours", name="task")
+    assert torch.equal(output(again, inputs(ours)), output(ours, inputs(ours)))
+
+
+@pytest.mark.parametrize("head", [AutoModelForSequenceClassification, AutoModelForQuestionAnswering])
+def test_peft_loads_a_file_without_the_head(head, tmp_path):
+    ours = tiny("bert", head)
+    infuse.attach(ours, LoRA(), "task", trained=())
+    wake(ours, "task")
+    infuse.save(ours, "task", tmp_path)
+    theirs = PeftModel.from_pretrained(tiny("bert", head), tmp_path).eval()
+    batch = inputs(ours)
+    close(theirs.base_model.model(**batch)[0], ours(**batch)[0])
+
+
+def test_two_modules_of_a_file_do_not_fall_on_one(tmp_path):
+    moved(get_peft_model(make("bart"), LoraConfig(target_modules=r".*self_attn\.q_proj"))).save_pretrained(tmp_path)
+    with pytest.raises(infuse.InfuseError, match="of the file fit"):
+        infuse.load(tiny("llama", AutoModel), tmp_path, name="task")
+
+
+def test_the_base_under_an_adapted_output_embedding_is_no_copy(tmp_path):
+    model = tiny("llama", AutoModelForCausalLM)
+    theirs = moved(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])))
+    theirs.save_pretrained(tmp_path)
+    ours, other = tiny("llama", AutoModelForCausalLM), tiny("llama", AutoModelForCausalLM, seed=1)
+    infuse.load(ours, tmp_path, name="task")
+    batch = inputs(ours)
+    close(ours(**batch).logits, theirs(**batch).logits)
+    with pytest.raises(infuse.InfuseError, match="base"):
+        infuse.load(other, tmp_path, name="task")
+
+
+def moved(theirs):
+    """PEFT's model with trained parameters that are not where they start."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return theirs.eval()

@@ -92,6 +92,11 @@ class Adapter(nn.Module):
         return {**dict(self.shared.items()), **delta.params}
 
     @property
+    def signature(self) -> frozenset[tuple[str, int]]:
+        """Equal for adapters that run as one at every site."""
+        return frozenset(self.kinds.items())
+
+    @property
     def places(self) -> set[Any]:
         """Where this adapter acts, and how: hooks there are needed as long as any adapter has the place."""
         return {*self.kinds.items(), *self.copies}

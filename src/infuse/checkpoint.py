@@ -238,7 +238,8 @@ def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor]
     known = {s.name: s for s in sites}
     chosen = []
     for name in head["sites"]:
-        site = known.get(name) or site_at(model, re.sub(":input$", "", name), sites)
+        stem = name.removesuffix(":input")
+        site = known.get(name) or known.get(stem) or site_at(model, stem, sites)
         if site is None:
             raise InfuseError(
                 f"The adapter has a delta at {name!r}, which {type(model).__name__} does not have: "
@@ -250,7 +251,7 @@ def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor]
     bundle.members = [str(m) for m in head.get("members", [])]
     plain = {n: v for n, v in tensors.items() if not n.startswith(_HEAD)}
     if head["layout"] == "peft":
-        grouped, rest = peft.modules(model, type(method), plain)
+        grouped, rest, _ = peft.modules(model, type(method), plain)
         for path, on in peft.by_module(chosen).items():
             at = own.get(on[0].name, method)
             found = grouped.pop(path, {})

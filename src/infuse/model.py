@@ -193,6 +193,7 @@ def attach_at(
     own = copies(model, [*(classification_head(model) if trained is None else trained), *dict.fromkeys(norms)])
     if store is None:
         store = model.infuse = Infused(model, arch or arch_of(model))
+        store.train(model.training)
         for parameter in _base_parameters(model):
             parameter.requires_grad_(adapter.method.unfreezes)
     adapter.copies.update(own)

@@ -66,14 +66,15 @@ class Mixed:
     names: tuple[str | None, ...]
     levels: "list[Route] | None" = None
     plans: dict[Any, list[Group]] = field(default_factory=dict)
-    alike: dict[tuple[int, ...], tuple[Adapter, list[int]]] = field(default_factory=dict)
+    alike: dict[frozenset[tuple[str, int]], tuple[Adapter, list[int]]] = field(default_factory=dict)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
         if not self.alike:
+            signatures = {name: adapters[name].signature for name in dict.fromkeys(self.names) if name is not None}
             for row, name in enumerate(self.names):
                 if name is not None:
-                    self.alike.setdefault(tuple(adapters[name].kinds.values()), (adapters[name], []))[1].append(row)
+                    self.alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
         kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike.values())
         if (kinds, device) not in self.plans:  # most sites share one plan
             rows: dict[int, list[int]] = {}
@@ -133,7 +134,7 @@ def use(store: Routed, route: Route) -> Iterator[None]:
 
 def side_by_side(adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[int]:
     """An order of a batch's rows that puts adapters which run as one beside each other: their rows are slices then."""
-    signatures = {name: tuple(sorted(adapters[name].kinds.items())) for name in dict.fromkeys(names)}
+    signatures = {name: adapters[name].signature for name in dict.fromkeys(names)}
     first = {signature: i for i, signature in reversed([*enumerate(signatures.values())])}
     return sorted(range(len(names)), key=lambda row: (first[signatures[names[row]]], names[row]))
 

@@ -20,13 +20,14 @@ from infuse.method import Method, Params, registry
 from infuse.sites import Site, linear_features, match_path, site_at
 
 PREFIX = "base_model.model."
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-    "ForCausalLM": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+_TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
 }
+"""End of a model class's name → PEFT's name of the task, and the ends of the modules that it then demands of a file."""
 
 
 def expressible(adapter: Adapter) -> bool:
@@ -57,10 +58,9 @@ def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[s
         for name, value in module.state_dict().items():
             tensors[f"{PREFIX}{path.replace('/', '.')}.{name}"] = value.detach().contiguous()
     usual = Counter(made.values()).most_common(1)[0][0]
-    name = type(model).__name__
     config = {
         "peft_type": adapter.method.peft_type,
-        "task_type": next((task for end, task in _TASKS.items() if name.endswith(end)), None),
+        "task_type": _task(model, adapter),
         "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
         "inference_mode": True,
         "target_modules": sorted(made),
@@ -69,6 +69,14 @@ def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[s
         **usual.to_peft(made, by_module(adapter.sites.values())),
     }
     return tensors, config
+
+
+def _task(model: nn.Module, adapter: Adapter) -> str | None:
+    """PEFT's name of the model's task, unless that would make it ask for a head which is not in the file."""
+    end = next((end for end in _TASKS if type(model).__name__.endswith(end)), None)
+    task, demanded = _TASKS[end] if end else (None, ())
+    there = [name for name, _ in _modules(model) if name.endswith(demanded)] if demanded else []
+    return task if all(name.replace(".", "/") in adapter.copies for name in there) else None
 
 
 def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Bundle:
@@ -82,7 +90,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     if cls is None:
         have = listed(m.peft_type for m in registry().values() if m.peft_type)
         raise InfuseError(f"The file holds a PEFT adapter of type {kind!r}; Infuse reads {have}.")
-    grouped, rest = modules(model, cls, tensors)
+    grouped, rest, origins = modules(model, cls, tensors)
     if not grouped:
         raise InfuseError(
             f"None of the file's tensors fits {type(model).__name__} (the first is {next(iter(tensors), '')!r}); "
@@ -90,7 +98,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
         )
     deltas = []
     for path, found in grouped.items():
-        method = cls.from_peft(config, path)
+        method = cls.from_peft(config, origins[path])
         site = site_at(model, path, sites)
         assert site is not None
         if method.peft_side(found) == "input":
@@ -113,9 +121,14 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
 
 def modules(
     model: nn.Module, cls: type[Method], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Group a file's tensors by module of the model, whatever prefix either carries; and what belongs to no delta."""
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor], dict[str, str]]:
+    """Group a file's tensors by module of the model, whatever prefix either carries.
+
+    Returns:
+        the tensors of each module by their suffix, those that belong to no delta, and each module's path in the file.
+    """
     grouped: dict[str, dict[str, Tensor]] = {}
+    origins: dict[str, str] = {}
     rest, lost = {}, []
     linear = {n for n, m in _modules(model) if linear_features(m)}
     for key, value in tensors.items():
@@ -124,21 +137,27 @@ def modules(
         if suffix is None:
             rest[bare] = value
             continue
-        path = match_path(bare.removesuffix("." + suffix), linear)
+        origin = bare.removesuffix("." + suffix)
+        path = match_path(origin, linear)
         if path is None:
             lost.append(key)
-        else:
-            grouped.setdefault(path, {})[suffix] = value
+            continue
+        if origins.setdefault(path, origin) != origin:
+            raise InfuseError(
+                f"Both {origins[path]} and {origin} of the file fit {path} of {type(model).__name__}; "
+                "use the architecture that it was made for."
+            )
+        grouped.setdefault(path, {})[suffix] = value
     if lost and grouped:
         raise InfuseError(f"The file adapts modules that {type(model).__name__} does not have: {listed(lost, 3)}.")
-    return grouped, rest
+    return grouped, rest, origins
 
 
 def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | None) -> dict[str, dict[str, Tensor]]:
     """Tensors of trained copies, by module of the model; a head that this model has no module for is left out.
 
     PEFT strips ``modules_to_save.<adapter>.`` from the keys, so that ``classifier.weight`` remains; ``saved`` is the
-    config's list of such modules' names.
+    config's list of such modules' names. It saves embeddings unasked where a vocabulary was resized, say.
     """
     paths = [n for n, _ in _modules(model) if n]
     names = tuple(saved or [n for n, _ in model.named_children()])
@@ -147,12 +166,21 @@ def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | N
         if "lora_" in key or "ia3_" in key:
             raise InfuseError(f"The file holds a tensor that Infuse can't place: {key!r}.")
         parts = key.split(".")
+        if "original_module" in parts:
+            continue
         if "modules_to_save" in parts:
             at = parts.index("modules_to_save")
-            parts = parts[:at] + parts[at + 2 :]
-        for end in range(1, len(parts)):
-            # PEFT matches these names as plain suffixes: its "classifier" takes "pre_classifier" too.
-            path = match_path(".".join(parts[:end]), paths) if parts[end - 1].endswith(names) else None
+            parts = parts[:at] + (parts[at + 2 :] or parts[at + 1 :])
+        if "base_layer" in parts:  # the base's own weight under a delta, which PEFT saves of embeddings and their twins
+            path = match_path(".".join(parts[: parts.index("base_layer")]), paths)
+            base = None if path is None else getattr(model.get_submodule(path), parts[-1], None)
+            if base is None or base.shape != value.shape or not torch.equal(base, value.to(base)):
+                raise InfuseError(f"The file brings a base weight of its own at {key!r}; load it onto that base.")
+            continue
+        # PEFT matches these names as plain suffixes: its "classifier" takes "pre_classifier" too.
+        ends = [end for end in range(1, len(parts)) if ".".join(parts[:end]).endswith(names)]
+        for end in [*ends, len(parts) - 1]:
+            path = match_path(".".join(parts[:end]), paths)
             if path is not None:
                 copies.setdefault(path, {})[".".join(parts[end:])] = value
                 break
