@@ -133,6 +133,25 @@ def test_evaluate(run, toy, predictor, capsys):
     assert f"accuracy {100 * found['accuracy']:.2f}" in shown and all(label in shown for label in LABELS)
 
 
+def test_brackets_and_colons_in_texts_labels_and_paths_are_shown_as_they_are(tiny_base, tmp_path, capsys):
+    odd = dict(zip(LABELS, ("[/card]", "[red]x", ":smile:", "a[/]", "[link=b]", "[0]"), strict=True))
+    toy = read(str(write_rows(tmp_path / "toy.csv", LABELS)))
+    rows = [(text, odd[label]) for text, label in zip(toy.texts, toy.labels, strict=True)]
+    twice = ("where is [/card] now", odd[LABELS[0]])  # in both files, so that a warning quotes it
+    for name, own in (("train", rows[::2]), ("validation", rows[1::2])):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *own, twice])
+    out, data = tmp_path / "[/out] [bold]:smile:", tmp_path / "validation.csv"
+    main(["train", "--data", str(tmp_path / "train.csv"), "--validation", str(data), "--base", str(tiny_base),
+          "--out", str(out), *QUICK])  # fmt: skip
+    shown = capsys.readouterr()
+    assert twice[0] in shown.err and f"run folder: {out} " in shown.out
+    shown = here(capsys, "evaluate", out, "--data", data)
+    assert all(label in shown for label in odd.values())
+    shown = here(capsys, "predict", out, "[/b] :smile:", "--top-k", "6")
+    assert all(part in shown for part in ("[/b] :smile:", *odd.values()))
+
+
 def test_predict_from_arguments(run, predictor):
     texts = ["I forgot my PIN", "What is the savings rate?"]
     shown = command("predict", run, *texts)

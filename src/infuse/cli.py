@@ -103,7 +103,7 @@ class MergeConfig:
 
 
 def _train(config: TrainConfig) -> None:
-    run = train(config, say=console.err.print, callbacks=[console.ShowProgress()])
+    run = train(config, say=console.say, callbacks=[console.ShowProgress()])
     console.show_run(run)
 
 
@@ -162,12 +162,12 @@ def _merge(config: MergeConfig) -> None:
 
 
 def _fuse(config: FuseConfig) -> None:
-    console.show_run(fuse_runs(config, say=console.err.print, callbacks=[console.ShowProgress()]))
+    console.show_run(fuse_runs(config, say=console.say, callbacks=[console.ShowProgress()]))
 
 
 def _tune(config: TuneConfig) -> None:
     with console.ShowTuning() as watch:
-        tuned = tune(config, say=console.err.print, watch=watch)
+        tuned = tune(config, say=console.say, watch=watch)
     console.show_tuned(tuned)
 
 
@@ -181,7 +181,7 @@ def _compare(config: CompareConfig) -> None:
 
 
 def _serve(config: ServeConfig) -> None:
-    serve(config, say=lambda line: console.err.print(line, markup=False, soft_wrap=True))
+    serve(config, say=console.say)
 
 
 def _recommend(config: RecommendConfig) -> None:
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = next(run for kind, run in COMMANDS.values() if type(config) is kind)
         run(config)
     except InfuseError as error:
-        console.err.print(f"infuse: {error}", style="red", markup=False, soft_wrap=True)
+        console.err.print(f"infuse: {error}", style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.err.print("infuse: interrupted")

@@ -12,7 +12,6 @@ from typing import Any
 
 import psutil
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,8 +25,9 @@ from infuse.training.run import Run
 from infuse.tuning.run import Standing, Tuned
 
 _COMPARED = ("method", "base", "accuracy %", "trained parameters", "peak MiB", "training s", "forgetting")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+# Texts, labels and paths are the user's: brackets and colons in them are no styles and no emoji.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 class ShowProgress(TrainerCallback):
@@ -79,7 +79,7 @@ class ShowTuning:
     def __init__(self) -> None:
         self.progress = Progress(
             TextColumn("tuning"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"), console=err,
+            TextColumn("{task.fields[note]}", markup=False), console=err,
         )  # fmt: skip
         self.task: Any = None
 
@@ -100,10 +100,10 @@ class ShowTuning:
             if self.task is None:
                 self.task = self.progress.add_task("tuning", total=standing.wanted, note="")
             note = "  ".join(filter(None, (best, left, standing.now)))
-            self.progress.update(self.task, completed=done, note=escape(note))
+            self.progress.update(self.task, completed=done, note=note)
         elif standing.event:
             parts = (standing.event, best, f"{done} of {standing.wanted} trials", left)
-            err.print("; ".join(filter(None, parts)), markup=False, soft_wrap=True)
+            err.print("; ".join(filter(None, parts)), soft_wrap=True)
 
 
 def show_tuned(tuned: Tuned) -> None:
@@ -121,7 +121,7 @@ def show_tuned(tuned: Tuned) -> None:
     if tuned.defaults and best["macro_f1"] <= max(tuned.defaults.values()):
         out.print("the defaults hold: no trial was better")
     changed = ", ".join(f"{key} {value}" for key, value in best["settings"].items())
-    out.print(f"settings: {changed}", soft_wrap=True, markup=False)
+    out.print(f"settings: {changed}", soft_wrap=True)
     out.print(
         f"{tuned.folder}: best/ (the run), best.yaml (repeats it), trials.csv, report.html (also .md, .json, PNG)",
         soft_wrap=True,
@@ -157,7 +157,7 @@ def show_run(run: Run) -> None:
 
 def say(line: str) -> None:
     """A line about what goes on, beside the results."""
-    err.print(line, markup=False, soft_wrap=True)
+    err.print(line, soft_wrap=True)
 
 
 def show_comparison(report: Report, folder: Path) -> None:
@@ -184,12 +184,12 @@ def show_recommendation(found: Recommendation) -> None:
         text = whole.columns[i].title in ("candidate", "verdict")
         table.add_column(whole.columns[i].title, justify="left" if text else "right", overflow="fold")
     for row in whole.rows:
-        table.add_row(*(escape(whole.columns[i].spell(row[i])) for i in shown))
+        table.add_row(*(whole.columns[i].spell(row[i]) for i in shown))
     out.print(table)
     for line in report.answer:
-        out.print(line, markup=False)
+        out.print(line)
     if found.train is not None:
-        out.print(report.commands[-1], soft_wrap=True, markup=False)
+        out.print(report.commands[-1], soft_wrap=True)
     out.print(f"report: {found.folder / 'report.html'}  (also .csv, .json, .md, and train.yaml)", soft_wrap=True)
 
 
@@ -225,10 +225,10 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
         table.add_column("label", overflow="fold")
         table.add_column("confidence", justify="right")
         for text, given in zip(texts, answers, strict=True):
-            top = [(escape(label), f"{100 * p:.1f} %") for label, p in given.top]
+            top = [(label, f"{100 * p:.1f} %") for label, p in given.top]
             rows = [("(out of scope)", ""), *top] if given.refused else top
             for rank, row in enumerate(rows):
-                table.add_row(escape(text) if rank == 0 else "", *row, end_section=rank == len(rows) - 1)
+                table.add_row(text if rank == 0 else "", *row, end_section=rank == len(rows) - 1)
         out.print(table)
 
 
@@ -269,7 +269,7 @@ def show_calibration(found: Calibration, form: str) -> None:
         table.add_row(f"refused of {found.out_of_scope_rows:,} out of scope %", "0", f"{100 * found.refused:.1f}")
     out.print(table)
     for note in found.notes:
-        out.print(note, soft_wrap=True, markup=False)
+        out.print(note, soft_wrap=True)
 
 
 def show_sites(base: str, sites: Sequence[Site]) -> None:
