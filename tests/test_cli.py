@@ -282,6 +282,9 @@ TRAIN = {
     "--method lora:rank=two": "rank",
     "--method lora:rank": "name=value",
     "--method lora:rank=[": "rank",
+    "--method lora:rank=2024-13-45": "can't be read",
+    "--method houlsby:dropout=1.5": "dropout must lie in [0, 1)",
+    "--method houlsby:reduction=.nan": "reduction must be a finite number",
     "--method lora:roles=nose": "the roles are",
     "--method lora:roles=ffn_hidden": "not defined",
     "--layers 9": "layers 0 to 1",
@@ -303,6 +306,9 @@ TRAIN = {
 }
 YAMLS = {
     "epochs: [": "can't be read",
+    "epochs: 2024-13-45": "can't be read",
+    "clip: yes": "clip",
+    "learning_rate: true": "learning_rate",
     "- epochs": "no mapping",
     "": "no mapping",
     "epoch: 3": "epoch",

@@ -4,7 +4,7 @@ import copy
 import re
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 import infuse.methods
 from infuse import IA3, InfuseError, LoRA, Method
+from infuse.method import MIXERS
 from infuse.model import store_of
 from infuse.sites import find_sites
 from infuse.testing import TINY, inputs, tiny, wake
@@ -404,6 +405,16 @@ def test_a_query_serves_its_token_and_a_key_the_others(kind):
 def test_a_method_is_a_file_of_at_most_150_lines():
     for path in Path(infuse.methods.__file__).parent.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 150, path.name
+
+
+NUMBERS = [(cls, f.name) for cls in (infuse.registry() | MIXERS).values() for f in fields(cls) if f.type is float]
+
+
+@pytest.mark.parametrize(("cls", "setting"), NUMBERS, ids=lambda value: getattr(value, "__name__", value))
+def test_numbers_that_cannot_work_are_refused(cls, setting):
+    for value in (float("nan"), float("inf"), *((-0.1, 1.0) if setting == "dropout" else ())):
+        with pytest.raises(InfuseError, match=f"{cls.__name__}'s {setting} must"):
+            cls(**{setting: value})
 
 
 def test_trained_norms_run_in_a_bfloat16_trunk():

@@ -318,6 +318,7 @@ MISTAKES = {
     "--time 0s": "10m",
     "--space epochs": "can't be read",
     "--space 'epochs: ['": "can't be read",
+    "--space 'epochs: 2024-13-45'": "can't be read",
     "--space '{depth: 3}'": "no setting 'depth'",
     "--space '{rank: 4}'": "no setting 'rank'",
     "--space '{epochs: two}'": "epochs",

@@ -273,7 +273,7 @@ def _option(arguments: list[str], name: str) -> str | None:
 def _from_yaml(kind: type, path: Path) -> Any:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
     known = {f.name: f for f in fields(kind)}
     unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
@@ -302,7 +302,7 @@ def _from_yaml(kind: type, path: Path) -> Any:
 
 
 def _number(name: str, value: Any, path: Path) -> Any:
-    try:
-        return float(value) if isinstance(value, int | str) else value  # YAML reads 1e-3 as a string
+    try:  # YAML reads 1e-3 as a string, and yes as True, which is no number
+        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
     except ValueError:
         raise InfuseError(f"{name} in {path} should be a number, not {value!r}.") from None

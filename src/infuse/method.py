@@ -6,6 +6,7 @@ Everything else (dtype, device, freezing, routing of mixed batches, files, train
 """
 
 import inspect
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,14 @@ class Method(ABC):
 
     roles: tuple[str, ...]
     """The roles that are adapted."""
+
+    def __post_init__(self) -> None:
+        """Raise :class:`InfuseError` for a number that can't work; a method with checks of its own calls this first."""
+        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InfuseError(f"{type(self).__name__}'s {name} must be a finite number, not {value}.")
+            if name == "dropout" and not 0 <= value < 1:
+                raise InfuseError(f"{type(self).__name__}'s dropout must lie in [0, 1), not {value}.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -279,7 +288,7 @@ def _setting(item: str) -> tuple[str, Any]:
         raise InfuseError(f"{item!r} is not a setting: write name=value, e.g. rank=4.")
     try:
         return name.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):  # ValueError: what looks like a date and is none
         raise InfuseError(
             f"The value in {item!r} can't be read: write a number, a word or words joined by +."
         ) from None

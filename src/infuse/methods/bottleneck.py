@@ -124,6 +124,7 @@ SOURCES = {"output": "h", "normed": "normed", "residual": "residual"}
 
 def check_bottleneck(method: Any) -> None:
     """Raise if the settings that all bottlenecks share can't work."""
+    Method.__post_init__(method)
     check_activation(method.activation)
     for name, allowed in (("reads", SOURCES), ("start", STARTS)):
         if getattr(method, name, "zero") not in allowed:

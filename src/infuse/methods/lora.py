@@ -50,12 +50,9 @@ class LoRA(Method):
     peft_keys = MappingProxyType({"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise InfuseError(f"LoRA's rank must be at least 1, not {self.rank}.")
-        if not math.isfinite(self.alpha):
-            raise InfuseError(f"LoRA's alpha must be a number, not {self.alpha}.")
-        if not 0 <= self.dropout < 1:
-            raise InfuseError(f"LoRA's dropout must lie in [0, 1), not {self.dropout}.")
 
     @property
     def scale(self) -> float:

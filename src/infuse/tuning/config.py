@@ -80,7 +80,7 @@ class TuneConfig:
         for item in self.space:
             try:
                 part = yaml.safe_load(item)
-            except yaml.YAMLError:
+            except (ValueError, yaml.YAMLError):
                 part = None
             if not isinstance(part, dict):
                 raise InfuseError(
