@@ -1,6 +1,7 @@
 """``infuse fuse`` and ``infuse average`` end to end on the tiny base."""
 
 import csv
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from conftest import LABELS, write_rows
 from safetensors.torch import load_file
 
 from infuse.cli import main
+from infuse.model import check_name
+from infuse.training.members import member_names
 from infuse.training.run import open_run
 
 QUICK = ["--epochs", "2", "--batch-size", "16", "--validation-fraction", "0.25", "--no-baseline"]
@@ -61,6 +64,35 @@ def test_average_of_runs_predicts(runs, tiny_base, capsys):
     for name, value in soup.items():
         torch.testing.assert_close(value, (a[name] + b[name]) / 2)
     assert open_run(runs / "soup").labels == tuple(sorted(LABELS[:3]))
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["r/one", "r/two"], ["one", "two"]),
+        (["r/one/adapter", "r/two"], ["one", "two"]),
+        (["a/run", "b/run/adapter"], ["a-run", "b-run"]),
+        (["r/double", "r/two words"], ["r-double", "r-two-words"]),
+        (["r/adapter/adapter", "r/adapter-average"], ["r-adapter", "r-adapter-average"]),
+        (["r/one", "r/one/adapter"], ["one-1", "one-2"]),
+        (["a/b-c", "a-b/c", "r/train"], ["b-c-1", "c-2", "train-3"]),
+    ],
+)
+def test_members_are_named_after_their_runs(folders, names, tmp_path):
+    found = member_names([tmp_path / folder for folder in folders])
+    assert found == names and len(set(map(check_name, found))) == len(found)
+
+
+def test_runs_may_be_given_by_their_adapters_and_be_called_anything(runs, tiny_base, tmp_path, capsys):
+    first, second = tmp_path / "double", tmp_path / "again" / "double"
+    shutil.copytree(runs / "left", first)
+    shutil.copytree(runs / "left", second)
+    main(["average", str(first / "adapter"), str(second), "--out", str(tmp_path / "soup")])
+    assert open_run(tmp_path / "soup").labels == tuple(sorted(LABELS[:3]))
+    main(["fuse", str(first / "adapter"), str(second / "adapter"), "--data", str(runs / "left.csv"),
+          "--base", str(tiny_base), "--out", str(tmp_path / "fused"), *QUICK])  # fmt: skip
+    names = {f"{tmp_path.name}-double", "again-double"}
+    assert {p.name for p in (tmp_path / "fused" / "adapter" / "members").iterdir()} == names
 
 
 @pytest.mark.parametrize(

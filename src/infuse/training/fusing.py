@@ -12,7 +12,7 @@ from infuse.combine import average
 from infuse.errors import InfuseError
 from infuse.heads import Head
 from infuse.model import store_of
-from infuse.training.members import ADAPTER, load_members
+from infuse.training.members import AVERAGE, load_members
 from infuse.training.run import Run, Say, TrainConfig, open_run, train
 
 
@@ -68,7 +68,7 @@ def average_runs(config: AverageConfig) -> Path:
     predictor = open_run(config.runs[0])
     model = predictor.base.model
     names = load_members(model, config.runs)
-    soup = average(model, names, ADAPTER + "-average", list(config.weights) or None)
+    soup = average(model, names, AVERAGE, list(config.weights) or None)
     heads = [store_of(model)[name].head for name in names]
     # Confidences are calibrated per adapter: what fits each run does not fit their average, which starts anew.
     fresh = [h.settings() | {"temperature": 1.0, "threshold": 0.0} for h in heads if isinstance(h, Head)]

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from infuse.calls import mixing_weights
 from infuse.checkpoint import header, load
 from infuse.data import Rows
 from infuse.errors import InfuseError
-from infuse.model import route
+from infuse.model import check_name, route
 from infuse.texts import batches, pad, tokenize, trunk
 from infuse.training.plots import heat_map
 
-ADAPTER, CHECKPOINTS = "adapter", "checkpoints"
+ADAPTER, AVERAGE, CHECKPOINTS = "adapter", "adapter-average", "checkpoints"
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -32,17 +33,35 @@ def adapter_folder(path: str | Path) -> Path:
 
 
 def load_members(model: nn.Module, runs: Sequence[Path]) -> list[str]:
-    """Attach the adapters of run folders under the folders' names."""
-    names: list[str] = []
-    for run in runs:
-        folder = adapter_folder(run)
+    """Attach the adapters of run folders under the names that :func:`member_names` gives them."""
+    folders = [adapter_folder(run) for run in runs]
+    for folder in folders:
         header(folder)
-        name = "".join(c if c.isalnum() or c in "_-" else "-" for c in Path(run).resolve().name)
-        if name in names:
-            name = f"{name}-{len(names)}"
+    names = member_names(folders)
+    for name, folder in zip(names, folders, strict=True):
         load(model, folder, name=name)
-        names.append(name)
     return names
+
+
+def member_names(folders: Sequence[Path]) -> list[str]:
+    """A name per adapter: its run folder's, if need be with the folder above; if even so two are alike, a number.
+
+    None is a name that the run gives to what it makes itself, or that can't name an adapter.
+    """
+    runs = [run.parent if run.name == ADAPTER else run for run in (folder.resolve() for folder in folders)]
+    parts = [[re.sub(r"[^\w-]", "-", part) for part in run.parts] for run in runs]
+    for depth in (1, 2):
+        names = ["-".join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names) and all(map(_free, names)):
+            return names
+    return [f"{own[-1]}-{i + 1}" for i, own in enumerate(parts)]
+
+
+def _free(name: str) -> bool:
+    try:
+        return check_name(name) not in (ADAPTER, AVERAGE)
+    except InfuseError:
+        return False
 
 
 @torch.inference_mode()
