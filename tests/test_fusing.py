@@ -54,6 +54,29 @@ def test_members_keep_their_answers(runs):
     assert all(torch.equal(own[name], kept[name]) for name in own)
 
 
+def test_members_that_are_trained_already_are_kept_if_nothing_has_changed(runs, tiny_base, tmp_path, capsys):
+    data, out = tmp_path / "right.csv", tmp_path / "fused"
+    shutil.copy(runs / "right.csv", data)
+    shutil.copytree(runs / "left", tmp_path / "left")
+
+    def fuse(*more):
+        main(["fuse", str(tmp_path / "left"), "--member-data", str(data), "--data", str(data), "--base", str(tiny_base),
+              "--member-method", "pfeiffer:reduction=4", "--out", str(out), *QUICK, *more])  # fmt: skip
+        return (tmp_path / "fused-right" / "metrics.json").stat().st_mtime_ns, capsys.readouterr().err
+
+    first, _ = fuse()
+    shutil.rmtree(out)  # as if interrupted before the fusion began
+    second, said = fuse()
+    assert second == first and "kept" in said and (out / "metrics.json").exists()
+    for more, message in (("--seed", "1"), "finished run"), ((), "data has changed"):
+        if not more:
+            write_rows(data, LABELS[2:])
+        shutil.rmtree(out, ignore_errors=True)
+        with pytest.raises(SystemExit):
+            fuse(*more)
+        assert message in " ".join(capsys.readouterr().err.split()) and not out.exists()
+
+
 def test_average_of_runs_predicts(runs, tiny_base, capsys):
     left = runs / "left"
     main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",

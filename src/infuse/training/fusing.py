@@ -43,7 +43,10 @@ class AverageConfig:
 
 
 def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Sequence = ()) -> Run:
-    """Train members where asked, then a fusion over all of them; the run folder also gets the heat maps."""
+    """Train members where asked, then a fusion over all of them; the run folder also gets the heat maps.
+
+    Members that an interrupted command has finished are taken as they are.
+    """
     members = list(config.runs)
     out = config.folder()
     for source in config.member_data:
@@ -53,7 +56,7 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
             method=config.member_method, data=source, base=config.base, out=folder, seed=config.seed,
             baseline=False, overwrite=config.overwrite,
         )  # fmt: skip
-        members.append(train(own, say=say, callbacks=callbacks).folder)
+        members.append(train(own, say=say, callbacks=callbacks, keep=True).folder)
     if len(members) < 2:
         raise InfuseError("Fusion needs two or more members: give run folders, or --member-data to train some.")
     plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}

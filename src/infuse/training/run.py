@@ -93,17 +93,19 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     base: BaseModel | None = None,
     splits: Splits | None = None,
+    keep: bool = False,
 ) -> Run:
     """Read, check, train, measure, and write the run folder.
 
-    A base and rows that are already loaded as ``config`` says can be handed over; the base keeps the adapter.
+    A base and rows that are already loaded as ``config`` says can be handed over; the base keeps the adapter. With
+    ``keep``, a finished run of the same settings and rows in the folder is given back as it is.
 
     The folder holds ``config.yaml`` (every setting, as resolved), ``adapter/``, ``metrics.json``, ``per_class.csv``,
     ``confusion.png``, ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
     """
     config.check()
     method = make(config.method)
-    folder = _prepare(config)
+    folder = _prepare(config, keep)
     warnings: list[str] = []
     if splits is None:
         splits, warnings = load_splits(
@@ -119,10 +121,16 @@ def train(
     for warning in warnings:
         say(f"warning: {warning}")
     digest, known = _digest(splits), folder / CHECKPOINTS / _DIGEST
-    if known.exists() and known.read_text() != digest and not config.overwrite:
-        raise InfuseError(
-            f"The data has changed since the run in {folder} was cut off; choose another --out, or pass --overwrite."
-        )
+    if not config.overwrite:
+        ended = json.loads((folder / _METRICS).read_text()) if _ended(folder) else {}
+        before = known.read_text() if known.exists() else ended.get("digest", digest)
+        if before != digest:
+            raise InfuseError(
+                f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
+            )
+        if ended:
+            say(f"{folder} holds this run already: it is kept")
+            return Run(folder, ended, warnings)
     labels = splits.train.label_set
     precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
     count = len(labels) if config.head == "hf" else None
@@ -167,6 +175,7 @@ def train(
             "percent_of_base": round(100 * inside / counts.base, 4),
         },
         "rows": {name: len(rows) for name, rows in {"train": splits.train, **evaluated}.items()},
+        "digest": digest,
         "seconds": round(seconds, 1),
         "resumed": fitted.resumed,
         "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
@@ -284,24 +293,33 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _prepare(config: TrainConfig) -> Path:
+def changed(config: TrainConfig) -> list[str]:
+    """The settings that differ from those of the run in the folder."""
+    before = yaml.safe_load((config.folder() / _CONFIG).read_text()) or {}
+    now = yaml.safe_load(as_yaml(config))
+    return [name for name in now if name not in ("out", "overwrite") and before.get(name) != now[name]]
+
+
+def _ended(folder: Path) -> bool:
+    return (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists()
+
+
+def _prepare(config: TrainConfig, keep: bool) -> Path:
     folder = config.folder()
     if folder.exists() and not folder.is_dir():
         raise InfuseError(f"{folder} is a file; choose another --out.")
-    if config.overwrite and (folder / _CONFIG).exists():
+    known = (folder / _CONFIG).exists()
+    if config.overwrite and known:
         return folder
-    if (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists():
+    if _ended(folder) and not (keep and known and not changed(config)):
         raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
-    if (folder / CHECKPOINTS).exists() and (folder / _CONFIG).exists():
-        before = yaml.safe_load((folder / _CONFIG).read_text()) or {}
-        now = yaml.safe_load(as_yaml(config))
-        changed = [k for k in now if k not in ("out", "overwrite") and before.get(k) != now[k]]
-        if changed:
+    if (folder / CHECKPOINTS).exists() and known:
+        if others := changed(config):
             raise InfuseError(
-                f"{folder} holds an interrupted run with other settings ({', '.join(changed)}); "
+                f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
                 "repeat them to resume it, choose another --out, or pass --overwrite."
             )
-    elif folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).exists():
+    elif folder.is_dir() and any(folder.iterdir()) and not known:
         raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
     return folder
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.bases import BaseModel, load_base
@@ -21,7 +19,7 @@ from infuse.model import detach
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.training.fit import fit
-from infuse.training.run import Run, Say, TrainConfig, as_yaml, train
+from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, train
 from infuse.training.settings import Settings
 from infuse.tuning.config import TuneConfig
 from infuse.tuning.space import Candidates, candidates
@@ -251,20 +249,12 @@ def _best(study: "optuna.Study") -> "optuna.trial.FrozenTrial":
 def _train_again(config: TrainConfig, folder: Path, bases: Mapping[str, BaseModel], splits: Splits) -> Run:
     """The run folder of the best trial; one of the same settings that is there already is kept."""
     wanted = replace(config, out=folder)
-    there, metrics = folder / "config.yaml", folder / "metrics.json"
-    same = there.exists() and _comparable(there.read_text()) == _comparable(as_yaml(wanted))
-    if same and metrics.exists() and not (folder / "checkpoints").exists():
-        return Run(folder, json.loads(metrics.read_text()))
-    wanted = replace(wanted, overwrite=there.exists() and not same)
+    wanted = replace(wanted, overwrite=(folder / "config.yaml").exists() and bool(changed(wanted)))
     base = bases[config.base]
     if next(base.model.parameters()).dtype != dtype_of(config.precision):  # the trial of a worker of another machine
         base = load_base(config.base, precision=config.precision)
     with _trained_on(base, config) as base:
-        return train(wanted, base=base, splits=splits)
-
-
-def _comparable(text: str) -> dict[str, Any]:
-    return {k: v for k, v in (yaml.safe_load(text) or {}).items() if k not in ("out", "overwrite")}
+        return train(wanted, base=base, splits=splits, keep=True)
 
 
 def _check_sites(bases: Mapping[str, BaseModel], found: Candidates) -> None:
