@@ -77,6 +77,13 @@ def test_members_that_are_trained_already_are_kept_if_nothing_has_changed(runs, 
         assert message in " ".join(capsys.readouterr().err.split()) and not out.exists()
 
 
+def test_overwriting_a_fusion_leaves_nothing_of_it(runs, tiny_base, tmp_path, capsys):
+    shutil.copytree(runs / "fused", tmp_path / "fused")
+    main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--out", str(tmp_path / "fused"),
+          "--overwrite", *QUICK])  # fmt: skip
+    assert {p.name for p in (tmp_path / "fused").rglob("*")} == {p.name for p in (runs / "left").rglob("*")}
+
+
 def test_average_of_runs_predicts(runs, tiny_base, capsys):
     left = runs / "left"
     main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",

@@ -22,6 +22,7 @@ from infuse.texts import batches, pad, tokenize, trunk
 from infuse.training.plots import heat_map
 
 ADAPTER, AVERAGE, CHECKPOINTS = "adapter", "adapter-average", "checkpoints"
+ATTENTION = ("fusion_layers", "fusion_classes")
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -85,12 +86,12 @@ def attention(
 
 
 def write_attention(base: BaseModel, adapter: Adapter, rows: Rows, max_length: int, folder: Path) -> None:
-    """``fusion_layers`` and ``fusion_classes``, each as CSV and as a heat map (PNG)."""
+    """The tables of :data:`ATTENTION`, each as CSV and as a heat map (PNG)."""
     per_site, per_text = attention(base, adapter, rows, max_length)
     sets = rows.label_sets()
     labels = rows.label_set
     per_class = {c: per_text[[i for i, own in enumerate(sets) if c in own]].mean(0) for c in labels}
-    for name, table in (("fusion_layers", per_site), ("fusion_classes", per_class)):
+    for name, table in zip(ATTENTION, (per_site, per_class), strict=True):
         written = [{"": row, **dict(zip(adapter.members, map(float, w), strict=True))} for row, w in table.items()]
         write_csv(folder / f"{name}.csv", written)
         heat_map(np.stack(list(table.values())), list(table), list(adapter.members), folder / f"{name}.png")

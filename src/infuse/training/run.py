@@ -27,7 +27,15 @@ from infuse.texts import probabilities, tokenize
 from infuse.training.baseline import logistic_regression
 from infuse.training.engine import Encoded
 from infuse.training.fit import encode, fit
-from infuse.training.members import ADAPTER, CHECKPOINTS, adapter_folder, load_members, write_attention, write_csv
+from infuse.training.members import (
+    ADAPTER,
+    ATTENTION,
+    CHECKPOINTS,
+    adapter_folder,
+    load_members,
+    write_attention,
+    write_csv,
+)  # fmt: skip
 from infuse.training.metrics import confusion, decide, overall, per_class
 from infuse.training.plots import confusion_plot, curves_plot
 from infuse.training.settings import Settings
@@ -332,7 +340,8 @@ def _digest(splits: Splits) -> str:
 def _clear(folder: Path) -> None:
     for name in (CHECKPOINTS, ADAPTER, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (_METRICS, _CONFIG, "per_class.csv", "confusion.png", "curves.csv", "curves.png"):
+    heat_maps = (f"{name}.{kind}" for name in ATTENTION for kind in ("csv", "png"))
+    for name in (_METRICS, _CONFIG, "per_class.csv", "confusion.png", "curves.csv", "curves.png", *heat_maps):
         (folder / name).unlink(missing_ok=True)
 
 
