@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from infuse.adapter import Adapter
@@ -104,7 +105,7 @@ def fit(
             compute_metrics=lambda out: overall(out.label_ids, _decided(out.predictions, train.multi)),
             callbacks=[NaNGuard(), *_early_stopping(settings, held_out is not None), *callbacks],
         )
-        trainer.remove_callback(_printer(trainer))
+        trainer.remove_callback(PrinterCallback)  # our progress replaces it
         newest = newest_checkpoint(folder)
         if newest is None:
             trainer.train()
@@ -221,13 +222,6 @@ def _arguments(settings: Settings, folder: Path, rows: int, evaluates: bool) -> 
 
 def _early_stopping(settings: Settings, evaluates: bool) -> list[TrainerCallback]:
     return [EarlyStoppingCallback(settings.patience)] if evaluates and settings.patience else []
-
-
-def _printer(trainer: AdapterTrainer) -> type[TrainerCallback]:
-    """Trainer's own printing of logs, which our progress replaces."""
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback
 
 
 def _decided(logits: np.ndarray, multi: bool) -> np.ndarray:

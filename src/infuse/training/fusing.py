@@ -60,8 +60,7 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
     if len(members) < 2:
         raise InfuseError("Fusion needs two or more members: give run folders, or --member-data to train some.")
     plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-    run = train(TrainConfig(**{**plain, "members": tuple(members), "out": out}), say=say, callbacks=callbacks)
-    return run
+    return train(TrainConfig(**{**plain, "members": tuple(members), "out": out}), say=say, callbacks=callbacks)
 
 
 def average_runs(config: AverageConfig) -> Path:
