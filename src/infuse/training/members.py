@@ -103,4 +103,4 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    path.write_text(out.getvalue())
+    path.write_text(out.getvalue(), encoding="utf-8")
