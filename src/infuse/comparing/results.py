@@ -18,11 +18,11 @@ import infuse
 from infuse.comparing.cell import LOGISTIC, Cell, Task
 from infuse.comparing.probe import BUNDLED, NEIGHBOURS
 from infuse.comparing.settings import CompareConfig, command
-from infuse.comparing.statistics import holm, measured, paired_p, seconds_to
+from infuse.comparing.statistics import LEVEL, holm, measured, paired_p, seconds_to
 from infuse.report import Column, Lines, Measured, Point, Report, Scatter, Series, Table
 from infuse.training.run import TrainConfig
 
-MARK, LEVEL = "*", 0.05
+MARK = "*"
 MIB = 2**20
 
 

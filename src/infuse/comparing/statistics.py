@@ -9,6 +9,8 @@ from jaxtyping import Float
 from infuse.report import Measured
 
 DRAWS = 20_000
+LEVEL = 0.05
+"""Differences that chance alone makes less often than this are called differences."""
 
 
 def measured(values: Sequence[float], mark: str = "") -> Measured:

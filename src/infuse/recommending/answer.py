@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from infuse.comparing.statistics import holm, paired_p
+from infuse.comparing.statistics import LEVEL, holm, paired_p
 from infuse.recommending.arithmetic import Cost
 from infuse.recommending.candidates import Candidate
 from infuse.recommending.limits import Miss, nearest
@@ -14,8 +14,6 @@ from infuse.recommending.race import FINALISTS, Race
 from infuse.recommending.settings import RecommendConfig
 from infuse.training.run import TrainConfig
 from infuse.training.settings import Settings
-
-LEVEL = 0.05
 
 
 @dataclass
