@@ -212,6 +212,13 @@ def test_candidates_are_presets_and_the_sizes_of_their_own_spaces(tiny_base):
 # Units
 
 
+@pytest.mark.parametrize(
+    ("seconds", "spelled"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (95, "1 min 35 s"), (3900, "1 h 5 min")]
+)
+def test_spans_of_time_are_spelled(seconds, spelled):
+    assert units.duration(seconds) == spelled
+
+
 @given(st.floats(0.01, 9999).map(lambda x: round(x, 2)), st.sampled_from(sorted(units.BYTES)))
 def test_sizes(number, unit):
     wanted = number * units.BYTES[unit]

@@ -23,6 +23,7 @@ from infuse.report import Report
 from infuse.sites import Site
 from infuse.training.run import Run
 from infuse.tuning.run import Standing, Tuned
+from infuse.units import duration
 
 _COMPARED = ("method", "base", "accuracy %", "trained parameters", "peak MiB", "training s", "forgetting")
 # Texts, labels and paths are the user's: brackets and colons in them are no styles and no emoji.
@@ -94,7 +95,7 @@ class ShowTuning:
 
     def __call__(self, standing: Standing) -> None:
         best = f"best {100 * standing.best:.2f} (trial {standing.best_trial})" if standing.best is not None else ""
-        left = f"{_duration(standing.seconds_left)} left" if standing.seconds_left else ""
+        left = f"{duration(standing.seconds_left)} left" if standing.seconds_left else ""
         done = min(standing.done, standing.wanted)
         if err.is_terminal:
             if self.task is None:
@@ -295,12 +296,6 @@ def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, int, int]]
     for method, sites, count in rows:
         table.add_row(method, str(sites), f"{count:,}", f"{100 * count / parameters:.3f}")
     out.print(table)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _percents(measures: dict[str, float]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Numbers with units, as people write them: 600MB, 50k, 0.05%, 20ms, 5m."""
+"""Numbers with units, as people write and read them: 600MB, 50k, 0.05%, 20ms, 5m."""
 
 import re
 
@@ -26,6 +26,13 @@ def quantity(what: str, text: str, units: dict[str, int], example: str) -> float
 def seconds(text: str) -> float:
     """A span of time."""
     return quantity("time", text, SECONDS, "90s, 10m or 2h")
+
+
+def duration(seconds: float) -> str:
+    """A span of time as people read it."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def size(text: str) -> float:

@@ -27,6 +27,7 @@ from infuse.precision import dtype_of, name_of
 from infuse.report import Report, write
 from infuse.sites import find_sites, select
 from infuse.training.run import as_yaml
+from infuse.units import duration
 
 CELLS, _CONFIG = "cells", "config.yaml"
 _GROWS = ("out", "overwrite", "base", "methods", "seeds", "baseline")
@@ -86,7 +87,7 @@ def compare(config: CompareConfig, *, say: Say = lambda _: None, callbacks: Call
     begun = time.perf_counter()
     for done, key in enumerate(missing):
         left = (time.perf_counter() - begun) / done * (len(missing) - done) if done else None
-        about = "" if left is None else f", about {_duration(left)} left"
+        about = "" if left is None else f", about {duration(left)} left"
         seed = "" if key.method == LOGISTIC else f", seed {key.seed}"
         say(f"[{len(planned) - len(missing) + done + 1}/{len(planned)}] {key.base}: {key.method}{seed}{about}")
         cells[key] = runner.run(key)
@@ -226,9 +227,3 @@ def _write(path: Path, cell: Cell) -> None:
 
 def _in_order(planned: Sequence[Key], cells: dict[Key, Cell]) -> list[Any]:
     return [cells[key] for key in planned if key in cells]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
