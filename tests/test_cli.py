@@ -349,7 +349,7 @@ OTHERS = {
     "predict nowhere hello": "nowhere",
     "predict cut hello": "interrupted",
     "merge {run} full": "other files",
-    "merge {run} one.csv": "other files",
+    "merge {run} one.csv": "is a file",
     "merge nowhere out": "nowhere",
     "summary no-such/model": "can't be loaded",
     "summary full": "adapter_model.safetensors",

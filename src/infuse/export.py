@@ -5,11 +5,10 @@ from typing import Any
 
 from infuse.bases import load_base
 from infuse.checkpoint import save
-from infuse.errors import InfuseError
 from infuse.heads import Head, head_of
 from infuse.model import attach, merge, store_of
 from infuse.training.members import ADAPTER
-from infuse.training.run import MODEL, open_run
+from infuse.training.run import MODEL, check_folder, open_run
 
 
 def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:
@@ -17,8 +16,7 @@ def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:
 
     ``infuse predict`` and ``infuse evaluate`` take ``out`` as they take a run folder.
     """
-    if out.exists() and any(out.iterdir()) if out.is_dir() else out.exists():
-        raise InfuseError(f"{out} holds other files; choose an empty or new folder.")
+    check_folder(out, ours=False)
     predictor = open_run(run, base, precision="fp32")
     model: Any = predictor.base.model
     merge(model, predictor.adapter)

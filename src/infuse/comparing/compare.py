@@ -26,7 +26,7 @@ from infuse.method import make
 from infuse.precision import dtype_of, name_of
 from infuse.report import Report, write
 from infuse.sites import find_sites, select
-from infuse.training.run import as_yaml
+from infuse.training.run import as_yaml, check_folder
 from infuse.units import duration
 
 CELLS, _CONFIG = "cells", "config.yaml"
@@ -187,11 +187,8 @@ def _plan(config: CompareConfig) -> tuple[list[Key], list[str]]:
 
 def _prepare(config: CompareConfig) -> None:
     folder = config.folder()
-    if folder.exists() and not folder.is_dir():
-        raise InfuseError(f"{folder} is a file; choose another --out.")
     known = (folder / _CONFIG).exists() and (folder / CELLS).is_dir()
-    if folder.is_dir() and any(folder.iterdir()) and not known:
-        raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
+    check_folder(folder, known)
     if known and config.overwrite:
         shutil.rmtree(folder / CELLS)
     elif known:

@@ -27,7 +27,7 @@ from infuse.report import Report, write
 from infuse.sites import find_sites
 from infuse.texts import Tokens, tokenize
 from infuse.training.members import ADAPTER
-from infuse.training.run import TrainConfig, as_yaml
+from infuse.training.run import TrainConfig, as_yaml, check_folder
 from infuse.training.settings import Settings
 
 CONFIG, TRAIN = "recommend.yaml", "train.yaml"
@@ -62,7 +62,7 @@ def recommend(config: RecommendConfig, *, say: Say = lambda _: None, spent: floa
     began, runtime = time.perf_counter() - spent, resident()
     config.check()
     end = began + config.seconds
-    folder = _prepare(config)
+    folder = check_folder(config.folder(), (config.folder() / CONFIG).exists())
     splits, task, tokens, remarks = _read(config)
     for remark in remarks:
         say(f"warning: {remark}")
@@ -155,12 +155,3 @@ def _measure_latency(config: RecommendConfig, found: Findings, base: BaseModel, 
 
 def _settings(config: RecommendConfig, candidate: Candidate) -> Settings:
     return config.settings(method=candidate.spec, layers=candidate.layers)
-
-
-def _prepare(config: RecommendConfig) -> Path:
-    folder = config.folder()
-    if folder.exists() and not folder.is_dir():
-        raise InfuseError(f"{folder} is a file; choose another --out.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
-    return folder

@@ -17,7 +17,7 @@ from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, save
 from infuse.data import Rows, Splits, load_splits
 from infuse.data.check import check_rows
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 from infuse.heads import Answer, Head, answer, head_of
 from infuse.method import Mixer, make
 from infuse.model import summary
@@ -308,27 +308,32 @@ def changed(config: TrainConfig) -> list[str]:
     return [name for name in now if name not in ("out", "overwrite") and before.get(name) != now[name]]
 
 
+def check_folder(folder: Path, ours: bool) -> Path:
+    """The folder, if a command may write into it: it is not there yet, empty, or ours, written by the same command."""
+    if folder.exists() and not folder.is_dir():
+        raise InfuseError(f"{folder} is a file; choose another folder to write.")
+    if not ours and folder.exists() and (names := sorted(path.name for path in folder.iterdir())):
+        raise InfuseError(f"{folder} holds other files ({listed(names, 3)}); choose an empty or new folder.")
+    return folder
+
+
 def _ended(folder: Path) -> bool:
     return (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists()
 
 
 def _prepare(config: TrainConfig, keep: bool) -> Path:
     folder = config.folder()
-    if folder.exists() and not folder.is_dir():
-        raise InfuseError(f"{folder} is a file; choose another --out.")
     known = (folder / _CONFIG).exists()
+    check_folder(folder, known or _ended(folder))
     if config.overwrite and known:
         return folder
     if _ended(folder) and not (keep and known and not changed(config)):
         raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
-    if (folder / CHECKPOINTS).exists() and known:
-        if others := changed(config):
-            raise InfuseError(
-                f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
-                "repeat them to resume it, choose another --out, or pass --overwrite."
-            )
-    elif folder.is_dir() and any(folder.iterdir()) and not known:
-        raise InfuseError(f"{folder} holds other files; choose an empty or new folder for --out.")
+    if (folder / CHECKPOINTS).exists() and known and (others := changed(config)):
+        raise InfuseError(
+            f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
+            "repeat them to resume it, choose another --out, or pass --overwrite."
+        )
     return folder
 
 

@@ -14,12 +14,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from infuse.bases import BaseModel, load_base
 from infuse.data import Rows, Splits, load_splits
-from infuse.errors import InfuseError, listed
+from infuse.errors import InfuseError
 from infuse.model import detach
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.training.fit import fit
-from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, train
+from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, check_folder, train
 from infuse.training.settings import Settings
 from infuse.tuning.config import TuneConfig
 from infuse.tuning.space import Candidates, candidates
@@ -268,12 +268,7 @@ def _check_sites(bases: Mapping[str, BaseModel], found: Candidates) -> None:
 
 def _prepare(config: TuneConfig) -> Path:
     folder = config.folder()
-    if folder.exists() and not folder.is_dir():
-        raise InfuseError(f"{folder} is a file; choose another --out.")
-    own = {CONFIG, "study.db"}
-    if folder.is_dir() and (names := {path.name for path in folder.iterdir()}) and not names & own:
-        raise InfuseError(f"{folder} holds other files ({listed(sorted(names), 3)}); choose an empty or new --out.")
-    return folder
+    return check_folder(folder, any((folder / own).exists() for own in (CONFIG, "study.db")))
 
 
 def _digest(rows: Rows) -> str:
