@@ -357,12 +357,15 @@ def bend(change):
     "tensors",
     [bend(lambda v: v[:, :-1].contiguous()), bend(lambda v: v.T.contiguous()), bend(lambda v: torch.zeros(())),
      bend(lambda v: v.to(torch.int64)), bend(lambda v: v > 0), bend(lambda v: v.to(torch.complex64)),
-     bend(lambda v: v * float("nan")), bend(lambda v: v / 0), lambda tensors: dict(list(tensors.items())[1:]),
+     bend(lambda v: v * float("nan")), bend(lambda v: v / 0),
+     bend(lambda v: torch.full(v.shape, 1e300, dtype=torch.double)),
+     bend(lambda v: torch.full(v.shape, 127, dtype=torch.uint8).view(torch.float8_e4m3fn)),
+     lambda tensors: dict(list(tensors.items())[1:]),
      lambda tensors: {"x": torch.ones(2)}, lambda tensors: {},
      lambda tensors: tensors | {"base_model.model.encoder.layer.7.output.dense.lora_A.weight": torch.ones(2, 48)},
      lambda tensors: tensors | {"base_model.model.encoder.layer.0.output.dense.lora_A.weight": torch.ones(2, 48)}],
-    ids=["narrow", "transposed", "scalar", "int", "bool", "complex", "nan", "inf", "missing", "other", "none", "layer",
-         "half"],
+    ids=["narrow", "transposed", "scalar", "int", "bool", "complex", "nan", "inf", "beyond float32", "nan in float8",
+         "missing", "other", "none", "layer", "half"],
 )  # fmt: skip
 def test_bad_tensors_are_refused(request, form, tensors):
     folder = request.getfixturevalue(form)
@@ -371,6 +374,14 @@ def test_bad_tensors_are_refused(request, form, tensors):
     else:
         save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
     refused(folder)
+
+
+def test_numbers_in_any_format_are_read(folder):
+    """In eight bits, too, which torch hardly computes in."""
+    rewrite(folder, lambda tensors: {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()})
+    model = tiny("bert")
+    assert {p.dtype for p in infuse.load(model, folder).parameters()} == {torch.float32}
+    assert torch.isfinite(output(model, inputs(model))).all()
 
 
 class Hostile:

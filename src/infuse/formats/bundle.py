@@ -93,7 +93,10 @@ def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
 
 
 def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    broken = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    try:  # as float32, which parameters are in memory: there a large float64 is infinite
+        broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.float().isfinite().all()]
+    except RuntimeError as error:  # torch stores numbers in formats that it can't compute with
+        raise InfuseError(f"{path} holds numbers that can't be read ({error}); save the adapter in float32.") from None
     if broken:
         raise InfuseError(f"{path} holds NaN or infinite values in {listed(broken, 3)}; train the adapter again.")
     return tensors
