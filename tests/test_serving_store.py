@@ -15,7 +15,7 @@ from test_files import WEIGHTS, rewrite
 
 from infuse import InfuseError
 from infuse.bases import load_base
-from infuse.serving import ServeConfig
+from infuse.serving import ServeConfig, files
 from infuse.serving.engine import open_model
 from infuse.testing import tiny
 
@@ -86,6 +86,7 @@ HEADERS = {
     "no base": {"base": {}}, "a listed base": {"base": []}, "metrics": {"info": {"metrics": 3}},
     "nan": {"info": {"metrics": {"f1": float("nan")}}}, "surrogates": {"info": {"metrics": {"\ud800": 1}}},
     "too short texts": {"info": {"run": {"max_length": 0}}}, "no length": {"info": {"run": {"max_length": "x"}}},
+    "endless texts": {"info": {"run": {"max_length": float("inf")}}},
     "many members": {"members": ["a", "a"]},
 }  # fmt: skip
 
@@ -148,6 +149,35 @@ def test_a_broken_new_version_leaves_the_old_one_answering_until_it_is_mended(se
     put(shelf / "other ada", folder / "ada")
     until(lambda: server.classify("ada", "hello").json["version"] != before["version"])
     assert server.classify("ada", "hello", top_k=9).json["answers"][0]["top"][0]["label"].startswith("other ada")
+
+
+def test_what_nobody_foresaw_is_one_adapters_error(server, folder, shelf, monkeypatch, caplog):
+    """Others are taken up all the same, and it is itself when it has been mended."""
+    before = {name: server.classify(name, "hello").json for name in ("ada", "bob")}
+    attach = files.attach
+
+    def fail(model, file, name):
+        if file.content == bad:
+            raise ZeroDivisionError("nobody foresaw this")
+        return attach(model, file, name)
+
+    bad = (shelf / "other ada" / WEIGHTS).read_bytes()
+    monkeypatch.setattr(files, "attach", fail)
+    put(bad, folder / "ada")
+    put(shelf / "other bob", folder / "bob")
+    until(lambda: server.classify("bob", "hello").json["version"] != before["bob"]["version"])
+    told = until(lambda: state(server, "ada")["error"])
+    assert "ZeroDivisionError" in told and "nobody foresaw this" in caplog.text
+    assert server.classify("ada", "hello").json == before["ada"]
+    shutil.copytree(folder / "ada", folder / "eve")
+    got = server.classify("eve", "hello"), server.ask("POST", "/v1/adapters/new", bad, TOKEN)
+    assert [each.status for each in got] == [409, 422] and all("ZeroDivisionError" in each.error for each in got)
+    monkeypatch.setattr(files, "facts", fail)  # whose arguments are not even what it takes
+    put(shelf / "ada", folder / "fay")
+    assert "TypeError" in until(lambda: state(server, "fay").get("error"))
+    monkeypatch.undo()
+    put(shelf / "ada", folder / "ada")
+    until(lambda: state(server, "ada")["error"] is None)
 
 
 def test_a_file_that_is_cut_short_in_place_while_it_is_loaded(server, folder):

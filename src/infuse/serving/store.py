@@ -132,7 +132,7 @@ class Store:
                 await self._try(entry)
                 continue
             entry.folder, entry.stamp = folder, stamp
-            entry.facts, entry.error = (None, str(found)) if isinstance(found, InfuseError) else (found, None)
+            entry.facts, entry.error = (None, found) if isinstance(found, str) else (found, None)
             log.info("%s: %s", name, entry.error or (entry.facts and entry.facts.version))
 
     async def load(self, name: str) -> Entry:
@@ -159,8 +159,8 @@ class Store:
             await self._in_model(lambda: (self.model.attach(file, inner), self.model.remove(inner)))
         except refusals.RefusedError:
             raise
-        except InfuseError as error:
-            raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {error}") from None
+        except Exception as error:
+            raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {_reason(name, error)}") from None
         config = {"library": "infuse", "method": file.facts["method"], "base_model_name_or_path": found.base}
         try:
             await asyncio.to_thread(write_folder, folder, {CONFIG: json.dumps(config).encode(), WEIGHTS: content})
@@ -187,19 +187,20 @@ class Store:
         self._unload(entry)
         return entry
 
-    def _look(self, known: dict[str, Stamp]) -> tuple[set[str], list[tuple[str, Path, Stamp, Facts | InfuseError]]]:
+    def _look(self, known: dict[str, Stamp]) -> tuple[set[str], list[tuple[str, Path, Stamp, Facts | str]]]:
         present, changed = set(), []
         for name, folder, stamp in files.find(self.root):
             present.add(name)
             if known.get(name) != stamp:
-                changed.append((name, folder, stamp, self._facts(folder)))
+                changed.append((name, folder, stamp, self._facts(name, folder)))
         return present, changed
 
-    def _facts(self, folder: Path) -> Facts | InfuseError:
+    def _facts(self, name: str, folder: Path) -> Facts | str:
+        """What a file says about itself, or why it can't be used."""
         try:
             return self._read(folder)[1]
-        except InfuseError as error:
-            return error
+        except Exception as error:
+            return _reason(name, error)
 
     def _read(self, folder: Path) -> tuple[File, Facts]:
         file = files.read(folder)
@@ -239,11 +240,11 @@ class Store:
                 fresh = Served(entry.name, inner, facts, file.head)
         except refusals.RefusedError:  # not for its file, but because the server ends
             raise
-        except InfuseError as error:
+        except Exception as error:
             if not any(files.find(self.root, entry.name)):  # gone since the last look at the folder
                 raise refusals.unknown(entry.name) from None
             # An older version that is in memory goes on answering.
-            entry.stamp, entry.error = now, str(error)
+            entry.stamp, entry.error = now, _reason(entry.name, error)
             raise refusals.unusable(entry.name, entry.error) from None
         if fresh is not None and files.stamp(entry.folder) != now:  # replaced meanwhile, and maybe told so
             self._retire(fresh)
@@ -288,3 +289,11 @@ class Store:
 
     async def _in_model(self, job: Callable[[], Any]) -> Any:
         return await asyncio.wrap_future(self.batcher.call(job))
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Why an adapter can't be used, in a sentence; what nobody foresaw is its error alone, with more in the log."""
+    if isinstance(error, InfuseError):
+        return str(error)
+    log.error("%s can't be used", name, exc_info=error)
+    return f"reading it failed ({type(error).__name__}); the server's log says why."
