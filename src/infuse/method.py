@@ -6,13 +6,13 @@ Everything else (dtype, device, freezing, routing of mixed batches, files, train
 """
 
 import inspect
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -80,8 +80,8 @@ class Method(ABC):
     def __post_init__(self) -> None:
         """Raise :class:`InfuseError` for a number that can't work; a method with checks of its own calls this first."""
         for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise InfuseError(f"{type(self).__name__}'s {name} must be a finite number, not {value}.")
+            if isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:  # nor is NaN
+                raise InfuseError(f"{type(self).__name__}'s {name} must be a finite number (in float32), not {value}.")
             if name == "dropout" and not 0 <= value < 1:
                 raise InfuseError(f"{type(self).__name__}'s dropout must lie in [0, 1), not {value}.")
 
@@ -300,7 +300,7 @@ def _coerce(cls: type, field: Any, value: Any) -> Any:
         items = value.split("+") if isinstance(value, str) else value
         return tuple(items) if isinstance(items, Sequence) else (items,)
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 10**300 else float("inf")  # which is refused
     if default is not None and type(value) is not type(default):
         raise InfuseError(f"{cls.__name__}'s {field.name} is a {type(default).__name__}, not {value!r}.")
     return value
