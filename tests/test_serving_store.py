@@ -180,6 +180,29 @@ def test_what_nobody_foresaw_is_one_adapters_error(server, folder, shelf, monkey
     until(lambda: state(server, "ada")["error"] is None)
 
 
+def test_values_that_overflow_are_a_refusal_and_touch_no_other_row(server, folder):
+    """They are finite, and so are the settings; what they make of a text is not."""
+    before = server.classify("ada", "hello").json
+    shutil.copytree(folder / "bob", folder / ".vast")
+    rewrite(folder / ".vast", lambda tensors: {name: torch.full_like(value, 3e38) for name, value in tensors.items()})
+    os.rename(folder / ".vast", folder / "vast")
+    gate, got = threading.Event(), {}
+    server.engine.batcher.call(lambda: gate.wait(10))
+    threads = [
+        threading.Thread(target=lambda n=n: got.update({n: server.classify(n, "hello")})) for n in ("ada", "vast")
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: server.engine.batcher.reserved == 2)
+    gate.set()
+    for thread in threads:
+        thread.join()
+    assert got["vast"].status == 409 and "'vast' can't be used: its values are too large" in got["vast"].error
+    assert got["ada"].status == 200 and close(got["ada"].json, before)
+    items = [{"adapter": name, "texts": ["hello"]} for name in ("ada", "vast")]
+    assert server.ask("POST", "/v1/classify", items).status == 409
+
+
 def test_a_file_that_is_cut_short_in_place_while_it_is_loaded(server, folder):
     """As a memory map, it would end the process (SIGBUS)."""
     before = server.classify("ada", "hello").json

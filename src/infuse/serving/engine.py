@@ -71,6 +71,9 @@ class Engine:
                 self.store.release(served)
         answered = [Labelled(s, [next(rows) for _ in texts]) for s, (_, texts) in zip(held, items, strict=True)]
         for each in answered:
+            if not np.isfinite(each.probabilities).all():  # finite values may overflow, on some texts and not on others
+                raise refusals.unusable(each.served.name, "its values are too large to compute with.")
+        for each in answered:
             if each.served.name in self.store.entries:  # or the series of one that has gone meanwhile would come back
                 self.metrics.texts.labels(each.served.name).inc(len(each.probabilities))
         return answered
