@@ -344,6 +344,18 @@ def test_a_method_is_loaded_only_where_it_is_defined(tmp_path):
         infuse.load(bare, folder)
 
 
+@pytest.mark.parametrize("n, sites", [(4000, 0), (32, 1)])
+def test_a_small_file_is_not_much_work(tmp_path, monkeypatch, n, sites):
+    """Parameters are made only where the settings can work, and only as long as there are tensors for them."""
+    folder = infuse.save(adapted(infuse.make("phm:width=4")), "a", tmp_path / "a")
+    rewrite(folder, method=infuse.method.settings(infuse.make(f"phm:n={n},width=32")))
+    made, init = [], infuse.Compacter.init
+    monkeypatch.setattr(infuse.Compacter, "init", lambda self, site: made.append(site) or init(self, site))
+    with pytest.raises(InfuseError):
+        infuse.load(tiny("bert"), folder)
+    assert len(made) == sites
+
+
 def bend(change):
     """A function of a file's tensors that changes the first delta and the head's weights."""
     return lambda tensors: {

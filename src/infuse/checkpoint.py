@@ -284,11 +284,13 @@ def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: di
 
     with torch.device("meta"):
         shared = bundle.method.shared(sites)
-        fresh = {site.name: own.get(site.name, bundle.method).init(site) for site in sites}
     bundle.shared = {n: take(f"shared.{n}", v) for n, v in shared.items()}
     for site in sites:
-        params = {n: take(f"deltas.{site.name}.{n}", v) for n, v in fresh[site.name].items()}
-        bundle.deltas.append((site, own.get(site.name, bundle.method), params))
+        method = own.get(site.name, bundle.method)
+        method.check(site)  # before init, and site by site: settings that no tensors go with may ask for much work
+        with torch.device("meta"):
+            fresh = method.init(site)
+        bundle.deltas.append((site, method, {n: take(f"deltas.{site.name}.{n}", v) for n, v in fresh.items()}))
     for name, value in tensors.items():
         if not name.startswith("copies."):
             raise InfuseError(f"The file holds a tensor that its description lacks: {name!r}.")

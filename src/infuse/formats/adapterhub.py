@@ -239,10 +239,10 @@ def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str
 
 
 def _params(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    method.check(site)  # before init: settings that can't work here may ask for much work
     with torch.device("meta"):
         expected = method.init(site)
     keys = config_of.keys(method)
-    method.check(site)
     if extra := set(found) - {keys[n] for n in expected}:
         raise InfuseError(f"The file holds {listed(sorted(extra), 3)} at {site.path}, which Infuse can't express.")
     return {n: fitted(f"{site.path}.{keys[n]}", _take(found, site.path, keys[n]), v.shape) for n, v in expected.items()}
