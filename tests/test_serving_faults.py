@@ -207,6 +207,7 @@ def test_a_model_apart_answers_and_fails_as_one_here_does(shelf, base, tiny_base
         tokens, names = [[2, 7, 9, 3], [2, 8, 3]], ["x", "x"]
         for model in (here, apart):
             model.attach(file, "x")
+        assert apart.config("x") == here.config("x")
         for a, b in zip(apart.forward(tokens, names), here.forward(tokens, names), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-6)
         with pytest.raises(InfuseError, match="truncated"):

@@ -11,7 +11,7 @@ import torch
 from fuzzing import close
 from running import TOKEN, Inside, until
 from serving import write
-from test_files import WEIGHTS, rewrite
+from test_files import CONFIG, WEIGHTS, rewrite
 
 from infuse import InfuseError
 from infuse.bases import load_base
@@ -315,6 +315,16 @@ def test_installing(server, folder, shelf):
     assert server.classify("bob", "hello").json["version"] == got["version"]
     assert sorted(os.listdir(folder)) == sorted([*NAMES, "new"])
     until(lambda: len(server.base.model.infuse.adapters) == 2)
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "houlsby"])
+def test_an_adapter_that_is_sent_is_written_as_it_was_saved(server, folder, base, tmp_path, method):
+    """With the config by which PEFT knows it, where PEFT has the method."""
+    write(base, tmp_path / "own", method, torch.Generator().manual_seed(0), 3)
+    saved = {name: (tmp_path / "own" / name).read_bytes() for name in (WEIGHTS, CONFIG)}
+    for name in ("new", "new", "ada"):
+        assert server.ask("POST", f"/v1/adapters/{name}", saved[WEIGHTS], TOKEN).status == 200
+        assert {path.name: path.read_bytes() for path in (folder / name).iterdir()} == saved
 
 
 def test_a_file_beyond_the_limit_is_not_installed(folder, base, shelf):

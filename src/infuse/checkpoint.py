@@ -62,15 +62,10 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     store, model = store_of(model), owner_of(model)
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
-    as_peft = peft.expressible(adapter)
-    if as_peft:
-        tensors, config = peft.write(model, adapter)
-    else:
-        tensors = {name: value.detach().contiguous() for name, value in _native(adapter).items()}
-        config = {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
+    tensors, config = _written(model, adapter, base)
     header = {
         "version": 1,
-        "layout": "peft" if as_peft else "native",
+        "layout": "peft" if "peft_type" in config else "native",
         "name": adapter.name,
         "method": settings(adapter.method),
         "sites": list(adapter.sites),
@@ -324,6 +319,18 @@ def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     tensors = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
     write_folder(folder, {names[0]: json.dumps(config, indent=1).encode() + b"\n", names[1]: to_safetensors(tensors)})
     return folder
+
+
+def config_of(model: nn.Module, name: str) -> dict[str, Any]:
+    """What :func:`save` writes about an adapter for other tools."""
+    return _written(owner_of(model), store_of(model)[name], store_of(model).base)[1]
+
+
+def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if peft.expressible(adapter):
+        return peft.write(model, adapter)
+    tensors = {name: value.detach().contiguous() for name, value in _native(adapter).items()}
+    return tensors, {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
 
 
 def _native(adapter: Adapter) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from infuse.bases import BaseModel, load_base, tokenizer_of
+from infuse.checkpoint import config_of
 from infuse.errors import InfuseError
 from infuse.heads import grouped
 from infuse.model import Base, arch_of
@@ -44,6 +45,10 @@ class Model(Protocol):
         """Detach it again; what is not there is no error."""
         ...
 
+    def config(self, name: str) -> dict[str, Any]:
+        """What an attached adapter's adapter_config.json says."""
+        ...
+
     def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
         """Probabilities of the labels of its adapter for every row."""
         ...
@@ -62,6 +67,9 @@ class Here:
 
     def remove(self, name: str) -> None:
         files.remove(self.base.model, name)
+
+    def config(self, name: str) -> dict[str, Any]:
+        return config_of(self.base.model, name)
 
     @torch.inference_mode()
     def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
@@ -103,6 +111,9 @@ class Apart:
 
     def remove(self, name: str) -> None:
         self._call("remove", name)
+
+    def config(self, name: str) -> dict[str, Any]:
+        return self._call("config", name)
 
     def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
         return self._call("forward", tokens, names)

@@ -156,14 +156,14 @@ class Store:
         try:
             file, found = await asyncio.to_thread(self._sound, folder, content)
             inner = f"served {next(self.numbers)}"
-            await self._in_model(lambda: (self.model.attach(file, inner), self.model.remove(inner)))
+            config = await self._in_model(lambda: self._tried(file, inner))
         except refusals.RefusedError:
             raise
         except Exception as error:
             raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {_reason(name, error)}") from None
-        config = {"library": "infuse", "method": file.facts["method"], "base_model_name_or_path": found.base}
+        config = json.dumps(config | {"base_model_name_or_path": found.base}, indent=1) + "\n"
         try:
-            await asyncio.to_thread(write_folder, folder, {CONFIG: json.dumps(config).encode(), WEIGHTS: content})
+            await asyncio.to_thread(write_folder, folder, {CONFIG: config.encode(), WEIGHTS: content})
         except (OSError, InfuseError) as error:
             raise refusals.RefusedError(507, f"The adapter can't be written: {error}") from None
         return await self.load(name)
@@ -173,6 +173,14 @@ class Store:
         if file.facts.get("members"):
             raise InfuseError("a fusion has members in files of their own; copy its folder to the server.")
         return file, files.facts(file, self.base)
+
+    def _tried(self, file: File, inner: str) -> dict[str, Any]:
+        """The config of an adapter that can be attached."""
+        self.model.attach(file, inner)
+        try:
+            return self.model.config(inner)
+        finally:
+            self.model.remove(inner)
 
     def known(self, name: str) -> Entry:
         """What the last look at the folder has found."""
