@@ -17,6 +17,7 @@ import infuse
 import infuse.methods
 from infuse import IA3, InfuseError, LoRA, Method
 from infuse.method import MIXERS
+from infuse.calls import residuals
 from infuse.model import store_of
 from infuse.sites import find_sites
 from infuse.testing import TINY, inputs, tiny, wake
@@ -428,6 +429,17 @@ def test_trained_norms_run_in_a_bfloat16_trunk():
         for names in ("a", ["a"] * len(batch["input_ids"])):
             with infuse.route(model, names):
                 assert model(**batch).last_hidden_state.dtype == torch.bfloat16
+
+
+def test_a_forward_pass_that_fails_leaves_no_activations():
+    model = tiny("bert")
+    infuse.attach(model, "pfeiffer")
+    blow = model.encoder.layer[1].output.dense.register_forward_pre_hook(lambda module, args: args[0].missing)
+    with pytest.raises(AttributeError):
+        output(model, inputs(model))
+    assert not residuals(store_of(model))
+    blow.remove()
+    output(model, inputs(model))
 
 
 def test_copies_of_tapped_modules_have_no_hooks():

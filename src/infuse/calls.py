@@ -30,10 +30,15 @@ def residual_at(store: Any, site: Site) -> Tensor | None:
     return None if site.source is None else _LEFT.residuals.get((id(store), site.source))
 
 
+def residuals(store: Any) -> list[str]:
+    """Paths of the sources whose inputs are remembered in this thread."""
+    return [path for owner, path in _LEFT.residuals if owner == id(store)]
+
+
 def forget_residuals(store: Any) -> None:
     """Drop what a forward pass has left, so that no activation outlives it."""
-    for key in [key for key in _LEFT.residuals if key[0] == id(store)]:
-        del _LEFT.residuals[key]
+    for path in residuals(store):
+        del _LEFT.residuals[id(store), path]
 
 
 @contextmanager

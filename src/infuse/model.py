@@ -22,7 +22,7 @@ from infuse.method import Method, Mixer, make
 from infuse.recipe import Recipe, kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
-from infuse.taps import PerAdapter, Tap, carry_routes
+from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
 
 
 class Infused(nn.Module):
@@ -42,7 +42,10 @@ class Infused(nn.Module):
         self.banks = Banks()
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.ends = [model.register_forward_pre_hook(self.enter), model.register_forward_hook(self.leave)]
+        self.ends = [
+            model.register_forward_pre_hook(self.enter),
+            model.register_forward_hook(self.leave, always_call=True),
+        ]
         self.split = [
             PerAdapter(self, layer.get_submodule(path), names)
             for stack in arch.stacks
@@ -293,6 +296,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
             handle.remove()
         for split in store.split:
             split.remove()
+        drop_routes(store.checkpointed)
         del model.infuse
         for each, parameter in model.named_parameters():
             parameter.requires_grad_(store.trainable.get(each, parameter.requires_grad))

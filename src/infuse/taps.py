@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.calls import keep_residual, residual_at
+from infuse.calls import forget_residuals, keep_residual, residual_at
 from infuse.errors import InfuseError
 from infuse.mixing import adapted, run_copies
 from infuse.recipe import Call
@@ -129,8 +129,11 @@ class Carry:
         route = current(self.store)
 
         def within(*args: Any, **kwargs: Any) -> Any:
-            with use(self.store, route):
-                return run(*args, **kwargs)
+            try:
+                with use(self.store, route):
+                    return run(*args, **kwargs)
+            finally:  # the recomputation ends within no forward pass of the model, and often by an exception
+                forget_residuals(self.store)
 
         return self.inner(within, *args, **kwargs)
 
@@ -139,8 +142,18 @@ def carry_routes(store: Any, layers: Sequence[nn.Module]) -> None:
     """Wrap the checkpointing function of the layers that have gradient checkpointing switched on."""
     for layer in layers:
         inner = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(inner, Carry) and inner.store is not store:
+            inner = inner.inner
         if inner is not None and not isinstance(inner, Carry):
             layer._gradient_checkpointing_func = Carry(store, inner)  # type: ignore[assignment]  # not a module
+
+
+def drop_routes(layers: Sequence[nn.Module]) -> None:
+    """Undo :func:`carry_routes`."""
+    for layer in layers:
+        carry = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(carry, Carry):
+            layer._gradient_checkpointing_func = carry.inner  # type: ignore[assignment]  # not a module
 
 
 def _joined(parts: list[Any], order: Tensor) -> Any:
