@@ -335,9 +335,8 @@ def merge(model: nn.Module, name: str) -> None:
     if store.merged is not None:
         raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
     if not adapter.method.mergeable:
-        raise InfuseError(
-            f"{type(adapter.method).__name__} can't be merged: its delta depends on the input, not on a weight."
-        )
+        why = "its delta depends on the input, not on a weight" if adapter.sites else "it has no delta"
+        raise InfuseError(f"{type(adapter.method).__name__} can't be merged: {why}.")
     with torch.no_grad():
         for site in adapter.sites.values():
             weight, bias = _merged(adapter, site)
