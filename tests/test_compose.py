@@ -1,5 +1,7 @@
 """Fusion, averages, sums and stacks of adapters."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -37,6 +39,45 @@ def test_fusion_in_mixed_batch_saved_and_loaded(spec, kind, tmp_path):
     infuse.load(fresh, tmp_path / "fused")
     assert torch.equal(output(fresh, batch), output(model, batch, "fused"))
     assert set(fresh.infuse.adapters) == {"a", "b", "c", "fused"}
+
+
+@pytest.fixture
+def fused(tmp_path):
+    model, _ = trained("bert", "pfeiffer", "pq")
+    infuse.fuse(model, ["p", "q"], name="f")
+    infuse.save(model, "f", tmp_path / "f")
+    return tmp_path / "f"
+
+
+def test_a_fusion_shares_members_that_are_equal(fused):
+    model, batch = trained("bert", "pfeiffer", "q")
+    infuse.load(model, fused / "members" / "p")
+    infuse.detach(model, "q")
+    infuse.load(model, fused / "members" / "q", "q")
+    infuse.load(model, fused)
+    infuse.load(model, fused, "g")
+    assert list(model.infuse.adapters) == ["p", "q", "f", "g"]
+    assert torch.equal(output(model, batch, "f"), output(model, batch, "g"))
+
+
+@pytest.mark.parametrize("other", ["ia3", "pfeiffer", "pfeiffer:roles=attention_output"])
+@pytest.mark.parametrize("taken", ["q", "f"])
+def test_a_fusion_that_does_not_load_leaves_the_model_as_it_was(fused, other, taken):
+    model, batch = trained("bert", other, [taken, "mine"])
+    before = output(model, batch), {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(infuse.InfuseError, match=f"'{taken}'"):
+        infuse.load(model, fused)
+    assert list(model.infuse.adapters) == [taken, "mine"] and model.infuse.active == "mine"
+    assert torch.equal(output(model, batch), before[0])
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before[1]
+
+
+def test_a_fusion_without_its_members_files_needs_fitting_ones(fused):
+    shutil.rmtree(fused / "members")
+    model, _ = trained("bert", "pfeiffer:roles=attention_output", "pq")
+    with pytest.raises(infuse.InfuseError, match=r"'p' can't be mixed: it adds nothing at 0\.ffn_output"):
+        infuse.load(model, fused)
+    assert list(model.infuse.adapters) == ["p", "q"]
 
 
 def test_only_the_fusion_learns():

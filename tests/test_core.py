@@ -249,6 +249,52 @@ def test_the_suggested_row_for_an_unknown_architecture_works(tmp_path):
 
 
 def test_a_row_that_fits_nothing_says_what_is_there():
+class Wrapper(nn.Module):
+    """As DistributedDataParallel does it."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **batch):
+        return self.module(**batch)
+
+
+@pytest.mark.parametrize("method", ["lora", "pfeiffer"])
+def test_a_wrapped_model_has_the_adapters_of_the_one_inside(method, tmp_path):
+    model = tiny("bert")
+    batch, wrapped = inputs(model), Wrapper(model)
+    infuse.attach(model, method, "a")
+    wake(model, "a")
+    infuse.save(wrapped, "a", tmp_path / "a")
+    infuse.load(wrapped, tmp_path / "a", "b")
+    infuse.attach(wrapped, method, "c")
+    assert list(model.infuse.adapters) == ["a", "b", "c"] and not hasattr(wrapped, "infuse")
+    assert torch.equal(output(wrapped, batch, "b"), output(model, batch, "a"))
+    assert torch.equal(output(wrapped, batch, None), output(tiny("bert"), batch))
+    infuse.detach(wrapped)
+    assert not hooks(wrapped) and not hasattr(model, "infuse")
+
+
+def test_adapters_below_a_head_cannot_train_it():
+    model = classifier()
+    infuse.attach(model.bert, IA3(), "a")
+    with pytest.raises(InfuseError, match=r"BertModel.*no module 'classifier'.*trained=\(\)"):
+        infuse.attach(model, IA3(), "b")
+    infuse.attach(model, IA3(), "b", trained=())
+    assert list(store_of(model).adapters) == ["a", "b"]
+    wrapped = Wrapper(classifier())
+    infuse.attach(wrapped.module, IA3(), "a")
+    assert list(infuse.attach(wrapped, IA3(), "b").copies) == ["classifier"]
+
+
+def test_a_method_without_deltas_says_that_there_is_nothing_to_merge():
+    model = classifier()
+    infuse.attach(model, "head", "probe")
+    with pytest.raises(InfuseError, match="HeadOnly can't be merged: it has no delta"):
+        infuse.merge(model, "probe")
+
+
     model = Homemade()
     for row in (infuse.Stack("layers", {"query": "q"}), infuse.Stack("blocks", {"query": "query"})):
         with pytest.raises(InfuseError, match=r"Homemade.*Arch\(\(.*blocks"):

@@ -137,7 +137,10 @@ def copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
             module = _copy(model.get_submodule(path))
         except AttributeError:
             names = [n for n, _ in model.named_children() if n != "infuse"]
-            raise InfuseError(f"The model has no module {path!r} to train a copy of; it has {listed(names)}.") from None
+            raise InfuseError(
+                f"{type(model).__name__}, where the adapters are, has no module {path!r} to train a copy of; "
+                f"it has {listed(names)}. Pass trained=() for none."
+            ) from None
         module.requires_grad_(True)
         made[key(path)] = module.float()
     return made

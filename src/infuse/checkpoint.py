@@ -34,7 +34,7 @@ from infuse.formats.bundle import (
 )  # fmt: skip
 from infuse.heads import Head
 from infuse.method import make, settings
-from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, detach, owner_of, store_of
+from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, detach, owner_of, store_in, store_of
 from infuse.sites import Site, find_sites, site_at
 
 HEADER = "infuse"
@@ -52,14 +52,14 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
         path: the folder; made if need be.
         format: ``infuse`` (which PEFT reads where it has the method) or ``adapterhub``.
     """
-    adapter = store_of(model)[name]
+    store, model = store_of(model), owner_of(model)
+    adapter = store[name]
     if format not in ("infuse", "adapterhub"):
         raise InfuseError(f"Unknown format {format!r}; choose infuse or adapterhub.")
     for member in adapter.members:
         save(model, member, Path(path) / "members" / member, format=format)
     if format == "adapterhub":
-        return _save_adapterhub(owner_of(model), adapter, Path(path))
-    store, model = store_of(model), owner_of(model)
+        return _save_adapterhub(model, adapter, Path(path))
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
     tensors, config = _written(model, adapter, base)
@@ -109,24 +109,30 @@ def load(
             model is as it was.
     """
     bundle = read(model, path, arch=arch, any_base=any_base)
-    have = list(store_of(model).adapters) if _attached(model) else []
-    missing = [check_name(m) for m in bundle.members if m not in have]
+    store = store_in(model)
+    have, active = (set(store.adapters), store.active) if store else (set(), None)
     try:
-        for member in missing:
-            load(model, Path(path) / "members" / member, member, arch=arch, any_base=any_base)
+        for member in bundle.members:
+            folder = Path(path) / "members" / check_name(member)
+            if member not in have:
+                load(model, folder, member, arch=arch, any_base=any_base)
+            elif folder.is_dir():
+                _check_member(model, member, read(model, folder, arch=arch, any_base=any_base))
         return attach_bundle(model, bundle, name, arch=arch)
-    except InfuseError:
-        for member in missing:
-            if _attached(model) and member in store_of(model).adapters:
-                detach(model, member)
+    except BaseException:
+        new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
+        for each in reversed(new):  # a mixer before its members
+            detach(model, each)
+        if store:
+            store.active = active
         raise
 
 
 def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
     """What a folder holds, matched to a model's sites; the model is not touched."""
-    folder = Path(path)
+    model, folder = owner_of(model), Path(path)
     if (folder / adapterhub.FUSION_CONFIG).is_file() or adapterhub.tensors_path(folder, adapterhub.WEIGHTS).is_file():
-        return _read_adapterhub(model, folder, store_of(model).sites if _attached(model) else find_sites(model, arch))
+        return _read_adapterhub(model, folder, _sites(model, arch))
     if not folder.is_dir():
         raise InfuseError(f"There is no folder {folder}; give the folder that holds {CONFIG} and {WEIGHTS}.")
     weights = folder / WEIGHTS
@@ -135,7 +141,7 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
     tensors, metadata = read_tensors(weights)
     if HEADER in metadata:
         return _matched(model, tensors, metadata, weights, arch, any_base)
-    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
+    sites = _sites(model, arch)
     config = read_json(folder / CONFIG)
     if "peft_type" not in config:
         raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
@@ -145,7 +151,7 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
 def read_content(model: nn.Module, content: bytes, where: Path) -> Bundle:
     """What the content of an Infuse file holds, matched to a model's sites; ``where`` names it in errors."""
     facts_of(content, where)
-    return _matched(model, *parse_tensors(content, where), where)
+    return _matched(owner_of(model), *parse_tensors(content, where), where)
 
 
 def _matched(
@@ -155,14 +161,21 @@ def _matched(
     facts = _sound(lambda: _facts(metadata[HEADER]), where)
     if not any_base:
         _check_base(model, facts["base"], arch)
-    sites = store_of(model).sites if _attached(model) else find_sites(model, arch)
+    sites = _sites(model, arch)
     return _sound(lambda: _read_native(model, sites, tensors, facts), where)
 
 
 def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, arch: Arch | None = None) -> Adapter:
     """Attach what :func:`read` gave."""
+    adapter = _built(model, bundle, name or bundle.name)
+    if bundle.members:
+        return attach_mixer(model, adapter, bundle.members)
+    return attach_at(model, adapter, arch=arch, trained=())
+
+
+def _built(model: nn.Module, bundle: Bundle, name: str) -> Adapter:
     deltas = {site.name: Delta(method, params) for site, method, params in bundle.deltas}
-    adapter = Adapter(name or bundle.name, bundle.method, [s for s, _, _ in bundle.deltas], deltas, bundle.shared)
+    adapter = Adapter(name, bundle.method, [s for s, _, _ in bundle.deltas], deltas, bundle.shared)
     for site, method, _ in bundle.deltas:
         method.check(site)
         adapter.deltas[key(site.name)].to(site.weight.device)
@@ -171,20 +184,27 @@ def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, 
     adapter.info = bundle.info
     if bundle.head is not None:
         adapter.head = bundle.head.to(device)
-    made = copies(owner_of(model), bundle.copies)
+    adapter.copies.update(copies(owner_of(model), bundle.copies))
     for path, state in bundle.copies.items():
-        own = made[key(path)]
+        own = adapter.copies[key(path)]
         expected = own.state_dict()
         if missing := expected.keys() - state.keys():
             raise InfuseError(f"The file's copy of {path} lacks {listed(missing)}.")
         own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape) for n, v in expected.items()})
-    if bundle.members:
-        attached = attach_mixer(model, adapter, bundle.members)
-    else:
-        attached = attach_at(model, adapter, arch=arch, trained=())
-    attached.copies.update(made)
-    store_of(model).tap_for(owner_of(model), attached)
-    return attached
+    return adapter
+
+
+def _check_member(model: nn.Module, name: str, bundle: Bundle) -> None:
+    """Refuse a member in a file whose name another adapter of the model has; what is equal serves for both."""
+    have, saved = store_of(model)[name], _built(model, bundle, name)
+    methods = [{site: replace(a.method_at(s), roles=()) for site, s in a.sites.items()} for a in (have, saved)]
+    own, new = ({n: v for n, v in a.state_dict().items() if not n.startswith("head.")} for a in (have, saved))
+    same = methods[0] == methods[1] and own.keys() == new.keys()
+    if not same or not all(torch.equal(new[n].to(v), v) for n, v in own.items()):
+        raise InfuseError(
+            f"The model's adapter {name!r} is not the file's member {name!r}; save it, detach it, and load it again "
+            "under another name."
+        )
 
 
 def header(path: str | Path) -> dict[str, Any]:
@@ -346,15 +366,14 @@ def _delta(adapter: Adapter, site: str) -> Delta:
     return adapter.deltas[key(site)]  # type: ignore[return-value]  # a Delta: nothing else is put there
 
 
-def _attached(model: nn.Module) -> bool:
-    try:
-        return bool(store_of(model))
-    except InfuseError:
-        return False
+def _sites(model: nn.Module, arch: Arch | None) -> list[Site]:
+    store = store_in(model)
+    return store.sites if store else find_sites(model, arch)
 
 
 def _check_base(model: nn.Module, base: Mapping[str, str], arch: Arch | None) -> None:
-    have = store_of(model).base if _attached(model) else Base.of(model, arch or arch_of(model))
+    store = store_in(model)
+    have = store.base if store else Base.of(model, arch or arch_of(model))
     if have.digest != base["digest"]:
         raise InfuseError(
             f"The adapter was trained on {base['name']!r} ({base['type']}), but this model is "

@@ -133,14 +133,19 @@ class Base:
 
 def store_of(model: nn.Module) -> Infused:
     """``model.infuse``, also through wrappers such as DistributedDataParallel or ``torch.compile``."""
-    own = getattr(owner_of(model), "infuse", None)
-    if not isinstance(own, Infused):
+    if (store := store_in(model)) is None:
         raise InfuseError("Nothing is attached to this model; call infuse.attach(model, method, name=...) first.")
-    return own
+    return store
+
+
+def store_in(model: nn.Module) -> Infused | None:
+    """:func:`store_of`, or ``None`` if nothing is attached."""
+    store = getattr(owner_of(model), "infuse", None)
+    return store if isinstance(store, Infused) else None
 
 
 def owner_of(model: nn.Module) -> nn.Module:
-    """The module that :func:`attach` was called on, inside any wrappers."""
+    """The module that :func:`attach` was called on, inside any wrappers; the model itself if there is none."""
     for module in model.modules():
         if isinstance(getattr(module, "infuse", None), Infused):
             return module
@@ -159,7 +164,8 @@ def attach(
     """Add a fresh adapter to a model in place, freeze the base, and make the adapter the active one.
 
     Args:
-        model: a transformers model, or any module that contains one or that ``arch`` describes.
+        model: a transformers model, or any module that contains one or that ``arch`` describes. What has adapters
+            inside already gets the new one beside them.
         method: an instance such as ``IA3()``, or what :func:`infuse.make` understands (``"lora:rank=4"``).
         name: the adapter's name: letters, digits, ``_``, ``-``, ``+`` and spaces.
         layers: ``"all"``, ``"last:k"``, ``"first:k"``, or indices; all by default.
@@ -172,7 +178,7 @@ def attach(
         InfuseError: the name is taken or malformed, the architecture or a role is unknown, no site matches.
     """
     method = make(method)
-    store = _store(model)
+    store = store_in(model)
     sites = store.sites if store else find_sites(model, arch)
     chosen = select(sites, method.roles, layers)
     return attach_at(model, build(name, method, chosen), arch=arch, trained=trained)
@@ -184,7 +190,7 @@ def attach_at(
     """Hang a built adapter into a model; all checks come before the first change."""
     name = adapter.name
     check_name(name)
-    store = _store(model)
+    outer, store, model = model, store_in(model), owner_of(model)
     if store and name in store.adapters:
         raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
     if store and store.merged is not None:
@@ -193,7 +199,10 @@ def attach_at(
         raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
     extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
     norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
-    own = copies(model, [*(classification_head(model) if trained is None else trained), *dict.fromkeys(norms)])
+    if trained is None:
+        trained = classification_head(outer) or classification_head(model)
+    own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])
+    adapter.kinds = kinds(store.adapters if store else {}, adapter)  # type: ignore[arg-type]  # of adapters
     if store is None:
         store = model.infuse = Infused(model, arch or arch_of(model))
         store.train(model.training)
@@ -202,7 +211,6 @@ def attach_at(
     adapter.copies.update(own)
     adapter.train(model.training)
     store.adapters[name] = adapter
-    adapter.kinds = kinds(store.adapters, adapter)  # type: ignore[arg-type]  # of adapters
     store.tap_for(model, adapter)
     store.active = name
     return adapter
@@ -237,7 +245,11 @@ def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> 
     """Hang a built mixer into a model, and freeze its members."""
     store = store_of(model)
     adapter.members = tuple(members)
-    attach_at(owner_of(model), adapter, trained=())
+    for member in members:
+        own = store[member]
+        if lacking := [s.name for s in adapter.sites.values() if not (own.delta(s) and own.method_at(s).additive)]:
+            raise InfuseError(f"Adapter {member!r} can't be mixed: it adds nothing at {listed(lacking, 3)}.")
+    attach_at(model, adapter, trained=())
     if isinstance(adapter.method, Mixer):
         for member in members:
             store[member].requires_grad_(False)
@@ -400,11 +412,6 @@ def summary(model: nn.Module) -> Summary:
         head = _count(adapter.copies) + (_count(adapter.head) if adapter.head else 0)
         counts[name] = roles | ({"head": head} if head else {})
     return Summary(sum(p.numel() for p in _base_parameters(owner_of(model))), counts)
-
-
-def _store(model: nn.Module) -> Infused | None:
-    store = getattr(model, "infuse", None)
-    return store if isinstance(store, Infused) else None
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
