@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
@@ -135,6 +136,60 @@ def test_average(spec):
         torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name])
     alone = infuse.average(model, ["a"], "alone")
     assert all(torch.equal(v, a[n]) for n, v in alone.state_dict().items())
+
+
+@pytest.fixture
+def norms():
+    """Two adapters with their own LayerNorms and heads, and one without."""
+    model = tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+    for seed, name in enumerate("ab"):
+        infuse.attach(model, Bottleneck(train_norms=True), name)
+        wake(model, name, seed)
+    infuse.attach(model, Bottleneck(), "c", trained=())
+    wake(model, "c", 2)
+    return model, inputs(model)
+
+
+def test_combined_adapters_keep_their_own_modules(norms):
+    model, batch = norms
+    alone = output(model, batch, "a")
+    for name, make in {
+        "mean": infuse.average,
+        "sum": lambda *given: infuse.add(given[0], {"a": 1.0}, given[2]),
+    }.items():
+        make(model, ["a"], name)
+        assert torch.equal(output(model, batch, name), alone)
+    infuse.average(model, ["a", "b"], "soup", weights=[3, 1])
+    infuse.add(model, {"a": 1.0, "b": 0.5}, "both")
+    a, b = (model.infuse[n].copies.state_dict() for n in "ab")
+    base = {n: model.get_parameter(n.replace("/", ".")) for n in a}
+    for n, value in model.infuse["soup"].copies.state_dict().items():
+        torch.testing.assert_close(value, 0.75 * a[n] + 0.25 * b[n])
+    for n, value in model.infuse["both"].copies.state_dict().items():
+        torch.testing.assert_close(value, base[n] + (a[n] - base[n]) + 0.5 * (b[n] - base[n]))
+
+
+def test_stacks_use_the_one_own_module_or_are_refused(norms, tmp_path):
+    model, batch = norms
+    infuse.stack(model, ["a"], "alone")
+    assert torch.equal(output(model, batch, "alone"), output(model, batch, "a"))
+    infuse.stack(model, ["c", "a"], "both")
+    mixed = output(model, batch, ["both", "c", None])
+    for row, name in enumerate(["both", "c", None]):
+        close(mixed[row], output(model, batch, name)[row])
+    infuse.save(model, "both", tmp_path / "both")
+    fresh = tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+    infuse.load(fresh, tmp_path / "both")
+    assert torch.equal(output(fresh, batch), output(model, batch, "both"))
+    with pytest.raises(infuse.InfuseError, match=r"more than one.*LayerNorm.*train all but one"):
+        infuse.stack(model, ["a", "b"])
+
+
+def test_own_modules_of_some_do_not_average(norms):
+    model, _ = norms
+    infuse.attach(model, Bottleneck(train_norms=True), "d", trained=())
+    with pytest.raises(infuse.InfuseError, match=r"only some.*copy of classifier;"):
+        infuse.average(model, ["a", "d"])
 
 
 def test_sums_of_lora_add_the_updates_exactly():

@@ -1,11 +1,12 @@
 """New adapters from trained ones, without training: averages, sums, and differences of what they learnt."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, key
+from infuse.adapter import Adapter, Delta, copies, key
 from infuse.errors import InfuseError, listed
 from infuse.method import Params, make
 from infuse.model import attach_at, owner_of, store_of
@@ -40,11 +41,18 @@ def add(model: nn.Module, terms: Mapping[str, float], name: str = "sum") -> Adap
 def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Adapter:
     """An adapter that applies others one after the other at every site, each to what the one before has made.
 
-    Pfeiffer et al. 2020, "MAD-X", arXiv:2005.00052 (a task adapter on top of a language adapter).
+    Of modules of the base of which one of them trains its own copy (LayerNorms, a head) that copy is used. Pfeiffer et
+    al. 2020, "MAD-X", arXiv:2005.00052 (a task adapter on top of a language adapter).
     """
     store = store_of(model)
     if not names or any(store[each].members for each in names):
         raise InfuseError(f"Stack one or more plain adapters, not {listed(names)}.")
+    owners = Counter(path for each in names for path in store[each].copies)
+    if twice := [path.replace("/", ".") for path, count in owners.items() if count > 1]:
+        raise InfuseError(
+            f"Can't stack {listed(names)}: more than one has its own copy of {listed(twice, 3)}; "
+            "train all but one without (trained=(), no train_norms)."
+        )
     chain = Adapter(name or "+".join(names), make("stack"), [], {}, {})
     chain.members = tuple(names)
     return attach_at(owner_of(model), chain, trained=())
@@ -57,6 +65,12 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
     for other in adapters[1:]:
         if other.method != first.method or list(other.sites) != list(first.sites) or other.members:
             raise InfuseError(f"Only adapters of one method at the same sites can be combined, not {listed(terms)}.")
+    own = [{path.replace("/", ".") for path in adapter.copies} for adapter in adapters]
+    if some := sorted(set.union(*own) - set.intersection(*own)):
+        raise InfuseError(
+            f"Can't combine {listed(terms)}: only some have their own copy of {listed(some, 3)}; "
+            "train all of them with it, or none."
+        )
     weights = list(terms.values())
     method = first.method if start is not None else first.method.summed(len(adapters))
     deltas = {}
@@ -69,6 +83,10 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
             deltas[site_name] = Delta(first.method_at(site), _detached(_weighted(params, weights)))
     shared: list[dict[str, Tensor]] = [dict(adapter.shared.items()) for adapter in adapters]
     combined = Adapter(name, method, first.sites.values(), deltas, _detached(_weighted(shared, weights)))
+    combined.copies.update(copies(model, [path.replace("/", ".") for path in first.copies]))
+    for path, copy in combined.copies.items():  # θ₀ is the base's own module: 1 − Σw of it, which an average lacks
+        states = [*(adapter.copies[path].state_dict() for adapter in adapters), copy.state_dict()]
+        copy.load_state_dict(_weighted(states, [*weights, 1 - sum(weights)]))
     return attach_at(model, combined, trained=())
 
 

@@ -120,6 +120,14 @@ def run_copies(
     adapters: Mapping[str, Adapter], route: Route, path: str, output: Any, args: tuple, kwargs: dict[str, Any]
 ) -> Any:
     """The output of the module at ``path`` where an adapter has a trained copy of it."""
+    for level in levels(adapters, route):
+        output = _run_copies(adapters, level, path, output, args, kwargs)
+    return output
+
+
+def _run_copies(
+    adapters: Mapping[str, Adapter], route: Route, path: str, output: Any, args: tuple, kwargs: dict[str, Any]
+) -> Any:
     if not isinstance(route, Mixed):
         own = adapters[route].copy_of(path) if route is not None else None
         return output if own is None else _call(own, args, kwargs)
