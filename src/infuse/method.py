@@ -108,6 +108,12 @@ class Method(ABC):
         return True
 
     @property
+    def overlaps(self) -> bool:
+        """Whether two deltas may act on one feature (a fused projection and its query): not if one takes the frozen
+        weight to be all that lies behind its activation, or if files can't tell the two."""
+        return True
+
+    @property
     def rate(self) -> float:
         """The peak learning rate under these settings."""
         return self.learning_rate

@@ -18,10 +18,10 @@ from infuse.arch import Arch
 from infuse.banks import Banks
 from infuse.calls import forget_residuals
 from infuse.errors import InfuseError, listed
-from infuse.method import Method, Mixer, make
+from infuse.method import Method, Mixer, make, spelled
 from infuse.recipe import Recipe, kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
-from infuse.sites import Site, arch_of, find_sites, model_type, select, stack_layers
+from infuse.sites import Site, arch_of, find_sites, model_type, overlap, select, stack_layers
 from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
 
 
@@ -199,6 +199,10 @@ def attach_at(
         raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
     extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
     norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
+    if not adapter.method.overlaps and (pair := overlap(adapter.sites.values())):
+        raise InfuseError(
+            f"{spelled(adapter.method)} can't adapt the features of {listed(pair)} twice: choose one role."
+        )
     if trained is None:
         trained = classification_head(outer) or classification_head(model)
     own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])

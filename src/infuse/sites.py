@@ -126,6 +126,17 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
 
 def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:
     """The site that stands for the whole output of the linear module at ``path``, in the table or not.
+def overlap(sites: Iterable[Site]) -> list[str]:
+    """Names of two sites that share features of one module's output; empty if none do."""
+    last: dict[nn.Module, Site] = {}
+    for site in sorted((s for s in sites if s.side == "output"), key=lambda s: s.start):
+        before = last.setdefault(site.module, site)
+        if before is not site and site.start < before.stop:
+            return [before.name, site.name]
+        last[site.module] = site
+    return []
+
+
 
     ``path`` may carry more or less prefix than the module's path in ``model``; ``None`` if no linear module fits.
     """

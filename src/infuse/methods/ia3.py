@@ -40,6 +40,10 @@ class IA3(Method):
     peft_type = "IA3"
     peft_keys = MappingProxyType({"l": "ia3_l"})
 
+    @property
+    def overlaps(self) -> bool:
+        return False  # files have one vector per module
+
     def init(self, site: Site) -> dict[str, Tensor]:
         return {"l": torch.ones(site.width)}
 

@@ -58,6 +58,10 @@ class LoRA(Method):
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def overlaps(self) -> bool:
+        return not self.dora  # the norm is that of V alone
+
     def init(self, site: Site) -> dict[str, Tensor]:
         params = {"A": started(self.rank, site.in_features, None), "B": torch.zeros(site.width, self.rank)}
         if self.dora:
@@ -71,14 +75,9 @@ class LoRA(Method):
         return {**p, "gain": p["m"] / norm.to(p["m"].dtype)}
 
     def update(
-        self,
-        p: Params,
-        h: Float[Tensor, "*batch out"],
-        x: Float[Tensor, "*batch in"],
-        weight: Float[Tensor, "out in"],
-        bias: Float[Tensor, " out"] | None,
-        training: bool,
-    ) -> Float[Tensor, "*batch out"]:
+        self, p: Params, h: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"],
+        weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, training: bool,
+    ) -> Float[Tensor, "*batch out"]:  # fmt: skip
         dropped = F.dropout(x, self.dropout, training) if self.dropout else x
         update = low_rank(dropped, p["A"], p["B"], self.scale)
         if not self.dora:
