@@ -172,35 +172,6 @@ def test_detaching_while_merged_restores_every_bit(model, name):
     assert all(torch.equal(value, fresh[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "layers, chosen",
-    [("all", {0, 1, 2}), (None, {0, 1, 2}), ("last:1", {2}), ("first:1", {0}), ("last:9", {0, 1, 2}),
-     ("0,2", {0, 2}), ("1", {1}), ([0, 1], {0, 1})],
-)  # fmt: skip
-def test_layers(layers, chosen):
-    model = tiny("bert", num_hidden_layers=3)
-    adapter = infuse.attach(model, IA3(), layers=layers)
-    assert {site.layer for site in adapter.sites.values()} == chosen
-    assert len(adapter.sites) == 3 * len(chosen)
-
-
-@pytest.mark.parametrize("layers", ["last", "last:", "last:0", "some", "", "-1", "0-1", "0,", "7", "0,7", [0, 7], [-1]])
-def test_bad_layers(layers):
-    model = tiny("bert")
-    with pytest.raises(InfuseError, match="layer"):
-        infuse.attach(model, IA3(), layers=layers)
-    assert not hasattr(model, "infuse") and all(p.requires_grad for p in model.parameters())
-
-
-def test_roles_must_exist():
-    with pytest.raises(InfuseError, match="Unknown role 'keys'; the roles are query, key"):
-        infuse.attach(tiny("bert"), IA3(roles=("keys",)))
-    with pytest.raises(InfuseError, match="no role 'ffn_gate'; it has query"):
-        infuse.attach(tiny("bert"), IA3(roles=("key", "ffn_gate")))
-    with pytest.raises(InfuseError, match="LoRA is not defined at ffn_hidden"):
-        infuse.attach(tiny("bert"), LoRA(roles=("ffn_hidden",)))
-
-
 class Layer(nn.Module):
     """A pre-norm block of a home-made transformer with one head."""
 
@@ -249,6 +220,35 @@ def test_the_suggested_row_for_an_unknown_architecture_works(tmp_path):
 
 
 def test_a_row_that_fits_nothing_says_what_is_there():
+    model = Homemade()
+    for row in (infuse.Stack("layers", {"query": "q"}), infuse.Stack("blocks", {"query": "query"})):
+        with pytest.raises(InfuseError, match=r"Homemade.*Arch\(\(.*blocks"):
+            infuse.attach(model, IA3(), arch=infuse.Arch(("mine",), (row,)))
+    with pytest.raises(InfuseError, match=r"Arch\(\("):
+        infuse.attach(nn.Linear(2, 2), IA3())
+
+
+def test_two_trunks_in_one_module_are_ambiguous():
+    pair = nn.ModuleDict({"left": tiny("bert"), "right": tiny("bert")})
+    with pytest.raises(InfuseError, match=r"fits 2 places: 'left\.?', 'right\.?'"):
+        infuse.attach(pair, IA3())
+    infuse.attach(pair["left"], IA3())
+    assert not hasattr(pair["right"], "infuse")
+
+
+def classifier():
+    return tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+
+
+@pytest.mark.parametrize("route", ["a", ROWS], ids=["one", "mixed"])
+def test_compile_makes_one_graph(model, route):
+    batch = inputs(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with infuse.route(model, route):
+        close(compiled(**batch).last_hidden_state, output(model, batch))
+
+
 class Wrapper(nn.Module):
     """As DistributedDataParallel does it."""
 
@@ -293,35 +293,6 @@ def test_a_method_without_deltas_says_that_there_is_nothing_to_merge():
     infuse.attach(model, "head", "probe")
     with pytest.raises(InfuseError, match="HeadOnly can't be merged: it has no delta"):
         infuse.merge(model, "probe")
-
-
-    model = Homemade()
-    for row in (infuse.Stack("layers", {"query": "q"}), infuse.Stack("blocks", {"query": "query"})):
-        with pytest.raises(InfuseError, match=r"Homemade.*Arch\(\(.*blocks"):
-            infuse.attach(model, IA3(), arch=infuse.Arch(("mine",), (row,)))
-    with pytest.raises(InfuseError, match=r"Arch\(\("):
-        infuse.attach(nn.Linear(2, 2), IA3())
-
-
-def test_two_trunks_in_one_module_are_ambiguous():
-    pair = nn.ModuleDict({"left": tiny("bert"), "right": tiny("bert")})
-    with pytest.raises(InfuseError, match=r"fits 2 places: 'left\.?', 'right\.?'"):
-        infuse.attach(pair, IA3())
-    infuse.attach(pair["left"], IA3())
-    assert not hasattr(pair["right"], "infuse")
-
-
-def classifier():
-    return tiny("bert", AutoModelForSequenceClassification, num_labels=3)
-
-
-@pytest.mark.parametrize("route", ["a", ROWS], ids=["one", "mixed"])
-def test_compile_makes_one_graph(model, route):
-    batch = inputs(model)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with infuse.route(model, route):
-        close(compiled(**batch).last_hidden_state, output(model, batch))
 
 
 def test_summary_counts_what_is_trained():

@@ -181,6 +181,8 @@ def attach(
     store = store_in(model)
     sites = store.sites if store else find_sites(model, arch)
     chosen = select(sites, method.roles, layers)
+    if not chosen and (usual := getattr(type(method), "roles", ())):  # by default none: a method without deltas
+        raise InfuseError(f"{type(method).__name__} needs a role to adapt; by default it takes {listed(usual)}.")
     return attach_at(model, build(name, method, chosen), arch=arch, trained=trained)
 
 
@@ -197,12 +199,12 @@ def attach_at(
         raise InfuseError(f"Adapter {store.merged!r} is merged into the base; call infuse.unmerge(model) first.")
     if store and any(a.method.unfreezes for a in (adapter, *map(store.__getitem__, store.adapters))):
         raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
-    extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
-    norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
     if not adapter.method.overlaps and (pair := overlap(adapter.sites.values())):
         raise InfuseError(
             f"{spelled(adapter.method)} can't adapt the features of {listed(pair)} twice: choose one role."
         )
+    extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
+    norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
     if trained is None:
         trained = classification_head(outer) or classification_head(model)
     own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])

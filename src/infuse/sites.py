@@ -108,6 +108,8 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     ``"last:k"``, ``"first:k"``, or indices within each stack.
     """
     sites, roles = list(sites), list(roles)
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        layers = list(layers)  # each stack asks for them
     present = {s.role for s in sites}
     for role in roles:
         if role not in ROLES:
@@ -124,8 +126,6 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     return chosen
 
 
-def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:
-    """The site that stands for the whole output of the linear module at ``path``, in the table or not.
 def overlap(sites: Iterable[Site]) -> list[str]:
     """Names of two sites that share features of one module's output; empty if none do."""
     last: dict[nn.Module, Site] = {}
@@ -137,6 +137,8 @@ def overlap(sites: Iterable[Site]) -> list[str]:
     return []
 
 
+def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:
+    """The site that stands for the whole output of the linear module at ``path``, in the table or not.
 
     ``path`` may carry more or less prefix than the module's path in ``model``; ``None`` if no linear module fits.
     """
@@ -148,9 +150,19 @@ def overlap(sites: Iterable[Site]) -> list[str]:
 
 
 def match_path(path: str, candidates: Iterable[str]) -> str | None:
-    """The candidate whose dotted path equals ``path`` up to a prefix on either side; the closest one wins."""
-    fits = [c for c in candidates if c == path or c.endswith("." + path) or path.endswith("." + c)]
-    return min(fits, key=lambda c: abs(len(c) - len(path)), default=None)
+    """The candidate whose dotted path equals ``path`` up to a prefix on either side; the closest one wins.
+
+    Raises:
+        InfuseError: two are equally close.
+    """
+    fits: dict[int, list[str]] = {}
+    for each in candidates:
+        if each == path or each.endswith("." + path) or path.endswith("." + each):
+            fits.setdefault(abs(each.count(".") - path.count(".")), []).append(each)
+    closest = fits[min(fits)] if fits else [None]
+    if len(closest) > 1:
+        raise InfuseError(f"{path!r} fits several modules of the model alike: {listed(closest)}; write out its path.")
+    return closest[0]
 
 
 def arch_of(model: nn.Module) -> Arch:
@@ -247,10 +259,12 @@ def _layer_indices(sites: list[Site], stack: str, layers: "str | Iterable[int] |
     depth = 1 + max(s.layer for s in sites if s.stack == stack)
     if layers is None or layers == "all":
         return set(range(depth))
-    if isinstance(layers, str):
-        match = re.fullmatch(r"(first|last):(\d+)|(\d+(?:,\d+)*)", layers)
+    if not isinstance(layers, list):
+        match = re.fullmatch(r"(first|last):(\d+)|(\d+(?:,\d+)*)", layers) if isinstance(layers, str) else None
         if not match:
-            raise InfuseError(f"layers={layers!r} is not understood: write 'all', 'last:2', 'first:2' or '0,3'.")
+            raise InfuseError(
+                f"layers={layers!r} is not understood: write 'all', 'last:2', 'first:2', '0,3' or [0, 3]."
+            )
         if match[3]:
             return {int(i) for i in match[3].split(",")}
         count = int(match[2])
