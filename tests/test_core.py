@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 import infuse.methods
 from infuse import IA3, InfuseError, LoRA, Method
-from infuse.method import MIXERS
 from infuse.calls import residuals
+from infuse.method import MIXERS
 from infuse.model import store_of
 from infuse.sites import find_sites
 from infuse.testing import TINY, inputs, tiny, wake
