@@ -8,6 +8,7 @@ import random
 import threading
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 from infuse import IA3, InfuseError, LoRA
 from infuse.adapter import Adapter
-from infuse.checkpoint import HEADER, header
+from infuse.checkpoint import HEADER, amend, header
 from infuse.heads import Head, classify
 from infuse.model import store_of
 from infuse.testing import inputs, tiny, wake
@@ -135,6 +136,29 @@ def test_the_header_tells_without_a_model(folder, plain):
     assert facts["head"]["labels"] == list(LABELS) and facts["base"]["type"] == "bert" and facts["name"] == "a"
     with pytest.raises(InfuseError, match="not written by Infuse"):
         header(plain)
+
+
+def test_the_header_is_read_without_the_tensors(folder, monkeypatch):
+    facts = header(folder)
+    monkeypatch.setattr("infuse.formats.bundle.from_safetensors", None)
+    assert header(folder) == facts
+
+
+def test_amending_takes_facts_and_tensors_of_one_file(folder, monkeypatch):
+    """Even if the adapter is replaced meanwhile."""
+    before, real = load_file(folder / WEIGHTS), Path.read_bytes
+
+    def read(path):
+        content = real(path)
+        rewrite(folder, lambda tensors: {name: value + 1 for name, value in tensors.items()}, name="another")
+        return content
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", read)
+        amend(folder, head={"temperature": 2.0}, info={"why": "so"})
+    facts, after = header(folder), load_file(folder / WEIGHTS)
+    assert (facts["name"], facts["head"]["temperature"], facts["info"]) == ("a", 2.0, {"why": "so"})
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_files_cross_from_bare_models_to_models_with_heads_and_back(tmp_path):

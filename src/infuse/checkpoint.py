@@ -28,6 +28,7 @@ from infuse.formats.bundle import (
     fitted,
     parse_metadata,
     parse_tensors,
+    read_bytes,
     read_json,
     read_tensors,
     write_folder,
@@ -210,15 +211,12 @@ def _check_member(model: nn.Module, name: str, bundle: Bundle) -> None:
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     weights = Path(path) / WEIGHTS
-    return _header(read_tensors(weights)[1], weights)
+    return facts_of(read_bytes(weights), weights)
 
 
 def facts_of(content: bytes, where: Path) -> dict[str, Any]:
-    """:func:`header` of a file's content, without a look at its tensors."""
-    return _header(parse_metadata(content, where), where)
-
-
-def _header(metadata: Mapping[str, str], where: Path) -> dict[str, Any]:
+    """:func:`header` of a file's content; its tensors aren't looked at."""
+    metadata = parse_metadata(content, where)
     if HEADER not in metadata:
         raise InfuseError(f"{where} was not written by Infuse; load it onto a model to see what it holds.")
     return _sound(lambda: _facts(metadata[HEADER]), where)
@@ -230,13 +228,14 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     No model is needed, so that nothing in the file can depend on the base or the precision it was loaded with. Readers
     see the old or the new file, whole.
     """
-    folder = Path(path)
-    facts = header(folder)
+    folder, weights = Path(path), Path(path) / WEIGHTS
+    content = read_bytes(weights)  # once: the file may be replaced meanwhile
+    facts = facts_of(content, weights)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {folder} has no classification head.")
     facts["head"] |= head
     facts["info"] |= info
-    tensors, metadata = read_tensors(folder / WEIGHTS)
+    tensors, metadata = parse_tensors(content, weights)
     write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})})
 
 

@@ -1,5 +1,6 @@
 """What a file of an adapter holds, whoever wrote it; and the reading and writing of such files, safely."""
 
+import io
 import json
 import os
 import shutil
@@ -55,12 +56,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         InfuseError: the file is missing, truncated, corrupt, holds objects, or holds values that are not finite.
     """
-    if not path.is_file():
-        raise InfuseError(f"There is no file {path.name} in {path.parent}.")
+    content = read_bytes(path)
     if path.suffix == ".safetensors":
-        return parse_tensors(path.read_bytes(), path)
+        return parse_tensors(content, path)
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load reports hostile and broken files through many types; its message may run to paragraphs.
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
@@ -68,6 +68,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InfuseError(f"{path} holds something other than named tensors.")
     return _finite(dict(tensors), path), {}
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, or an error that names the file."""
+    if not path.is_file():
+        raise InfuseError(f"There is no file {path.name} in {path.parent}.")
+    return path.read_bytes()
 
 
 def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
