@@ -369,8 +369,8 @@ def rubbish_adapters(draw: random.Random, known: list[Known]) -> Case:
          b'{"__metadata__": {"infuse": "{}"}}', b'{"__metadata__": {"infuse": "{\\"base\\": 3}"}}',
          json.dumps({"__metadata__": {"infuse": "[" * 50_000}}).encode(),
          json.dumps({"__metadata__": {"infuse": json.dumps({
-             "base": {"name": "x", "type": "bert", "digest": "y"}, "info": {}, "head": draw.choice([{}, None,
-             {"kind": []}]),
+             "version": 1, "base": {"name": "x", "type": "bert", "digest": "y"}, "info": {},
+             "head": draw.choice([{}, None, {"kind": []}]),
              "members": draw.choice([[], 3, None, ["../../x"]]), **draw.choice([{}, {"method": 3},
              {"method": "ia3"}])})}}).encode()]
     )  # fmt: skip

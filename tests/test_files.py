@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 from infuse import IA3, InfuseError, LoRA
 from infuse.adapter import Adapter
-from infuse.checkpoint import HEADER, amend, header
+from infuse.checkpoint import HEADER, VERSION, amend, header
 from infuse.heads import Head, classify
 from infuse.model import store_of
 from infuse.testing import inputs, tiny, wake
@@ -340,7 +340,8 @@ def test_adapted_embeddings_are_refused(plain):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"name": "../../x"}, {"method": {"name": "../../x"}}, {"method": {"name": "lora", "depth": 3}}, {"method": []},
+    [{"version": None}, {"version": "1"},
+     {"name": "../../x"}, {"method": {"name": "../../x"}}, {"method": {"name": "lora", "depth": 3}}, {"method": []},
      {"method": {"name": "lora", "rank": 10**12}}, {"method": {"name": "lora", "rank": 10**40}},
      {"method": {"name": "lora", "rank": -1}}, {"method": {"name": "lora", "rank": 2, "alpha": float("nan")}},
      {"method": {"name": "ia3"}}, {"sites": ["0.query", "../../x"]}, {"sites": ["0.query", 3]}, {"sites": None},
@@ -366,6 +367,13 @@ def test_a_method_is_loaded_only_where_it_is_defined(tmp_path):
     bare = tiny("bert", intermediate_size=32)
     with untouched(bare), pytest.raises(InfuseError, match="not defined at ffn_hidden"):
         infuse.load(bare, folder)
+
+
+def test_a_newer_form_is_refused_before_anything_else_is_read(folder):
+    rewrite(folder, version=VERSION + 1, base="somewhere else")
+    refused(folder, "newer Infuse", "update")
+    with pytest.raises(InfuseError, match="update Infuse"):
+        header(folder)
 
 
 @pytest.mark.parametrize("n, sites", [(4000, 0), (32, 1)])

@@ -39,6 +39,8 @@ from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, det
 from infuse.sites import Site, find_sites, site_at
 
 HEADER = "infuse"
+VERSION = 1
+"""Of the header's form; files of a later one are refused."""
 _HEAD = "infuse.head."
 
 
@@ -65,7 +67,7 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
     tensors, config = _written(model, adapter, base)
     header = {
-        "version": 1,
+        "version": VERSION,
         "layout": "peft" if "peft_type" in config else "native",
         "name": adapter.name,
         "method": settings(adapter.method),
@@ -241,6 +243,11 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
 
 def _facts(text: str) -> dict[str, Any]:
     facts = dict(json.loads(text))
+    if facts["version"] > VERSION:
+        raise InfuseError(
+            f"The adapter was saved by a newer Infuse (its file has form {facts['version']}, and this one reads up to "
+            f"{VERSION}); update Infuse."
+        )
     facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
     facts["info"] = dict(facts["info"])
     facts["head"] = None if facts["head"] is None else dict(facts["head"])
