@@ -115,6 +115,25 @@ def test_heads_of_transformers_classes_come_along(tmp_path):
     assert not torch.equal(fresh.classifier.weight, torch.ones(2, 32))
 
 
+def test_a_head_file_that_holds_the_transformer_too(tmp_path):
+    """The library leaves T5's out only where its class gives it no prefix."""
+    model, fresh = (tiny("t5", AutoModelForSequenceClassification, decoder_start_token_id=0) for _ in range(2))
+    batch = {"input_ids": inputs(model)["input_ids"].index_fill(1, torch.tensor([6]), model.config.eos_token_id)}
+    infuse.attach(model, Bottleneck.houlsby(), "task", trained=())
+    wake(model, "task")
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    whole = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("infuse.")}
+    loras = {"transformer.encoder.block.0.layer.0.SelfAttention.q.loras.task.lora_A": torch.ones(2, 32)}
+    save_file(whole | loras, tmp_path / "hub" / "model_head.safetensors")
+    assert list(infuse.load(fresh, tmp_path / "hub").copies) == ["classification_head"]
+    close(output(fresh, batch), output(model, batch))
+    assert not infuse.load(tiny("t5"), tmp_path / "hub").copies
+    bare = {k.removeprefix("transformer."): v for k, v in whole.items()}
+    save_file(bare, tmp_path / "hub" / "model_head.safetensors")
+    with pytest.raises(infuse.InfuseError, match="head holds 'encoder'"):
+        infuse.load(tiny("t5"), tmp_path / "hub")
+
+
 def test_versions_that_ignored_alpha(tmp_path):
     def old(config):
         config["version"] = "adapters.1.0.1"

@@ -329,7 +329,7 @@ def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundl
         bundle = adapterhub.read(model, sites, tensors, read_json(folder / adapterhub.CONFIG))
         head = adapterhub.tensors_path(folder, adapterhub.HEAD_WEIGHTS)
         if head.is_file():
-            bundle.copies = adapterhub.read_head(model, read_tensors(head)[0])
+            bundle.copies = adapterhub.read_head(model, sites, read_tensors(head)[0])
         return bundle
 
     return _sound(parse, folder)

@@ -109,9 +109,18 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     return bundle
 
 
-def read_head(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The head of a transformers class (``classifier.weight``, …) as trained copies; others have no place here."""
-    return heads(model, {k: v for k, v in tensors.items() if not k.startswith("heads.")}, None)
+def read_head(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The head of a transformers class (``classifier.weight``, …) as trained copies; others have no place here.
+
+    The library leaves the transformer out of such a file, but not T5's where it has a prefix.
+    """
+    inner: Any = next((m for m in model.modules() if model_type(m)), model)
+    others = ("heads.", f"{getattr(inner, 'base_model_prefix', '')}.")
+    copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, None)
+    for path in copies:
+        if any((site.prefix + site.path).startswith(path + ".") for site in sites):
+            raise InfuseError(f"The file's head holds {path!r}, of which {type(model).__name__}'s transformer is made.")
+    return copies
 
 
 def read_fusion(
