@@ -28,7 +28,7 @@ KINDS = [
 ]
 METHODS = [
     Bottleneck.houlsby(), Bottleneck.pfeiffer(reduction=4.0), Bottleneck.parallel(), Compacter(width=8),
-    infuse.make("compacter++:width=8"), infuse.make("phm:width=8"), LoRA(rank=3, roles=("query", "value")),
+    infuse.make("compacter++:width=8,scale=2.0"), infuse.make("phm:width=8"), LoRA(rank=3, roles=("query", "value")),
 ]  # fmt: skip
 
 
@@ -130,8 +130,23 @@ def test_a_head_file_that_holds_the_transformer_too(tmp_path):
     assert not infuse.load(tiny("t5"), tmp_path / "hub").copies
     bare = {k.removeprefix("transformer."): v for k, v in whole.items()}
     save_file(bare, tmp_path / "hub" / "model_head.safetensors")
-    with pytest.raises(infuse.InfuseError, match="head holds 'encoder'"):
+    with pytest.raises(infuse.InfuseError, match="transformer is made"):
         infuse.load(tiny("t5"), tmp_path / "hub")
+
+
+@pytest.mark.parametrize("method", [Bottleneck.houlsby(), Compacter(width=8)], ids=["bottleneck", "compacter"])
+def test_constant_scales_are_read(method, tmp_path):
+    def doubled(config):
+        config["config"]["scaling"] = 2.0
+
+    model, folder = written(tmp_path, method, doubled)
+    adapter = infuse.load(model, folder, "doubled")
+    assert adapter.method.scale == 2.0
+    for name, value in model.infuse["task"].named_parameters():
+        if name.endswith((".U", ".c", ".up_left")):
+            value.data *= 2
+    batch = inputs(model)
+    close(output(model, batch, "doubled"), output(model, batch, "task"))
 
 
 def test_versions_that_ignored_alpha(tmp_path):

@@ -91,14 +91,15 @@ def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter
     factor = settings.get("reduction_factor", 16)
     if not isinstance(factor, Mapping):
         common["reduction"] = float(factor)
+    cls, learned = (Compacter, ()) if settings["phm_layer"] else (Bottleneck, ("learned",))
+    scaling = settings["scaling"]
+    if isinstance(scaling, str) and scaling not in learned:
+        raise InfuseError(f"The file uses scaling={scaling!r}, which Infuse's {cls.__name__} does not have.")
+    common["scale"] = 1.0 if scaling == "learned" else float(scaling)
     if settings["phm_layer"]:
         rank = int(settings["phm_rank"]) if settings["factorized_phm_W"] else 0
         return Compacter(n=int(settings["phm_dim"]), rank=rank, shared_rule=bool(settings["shared_phm_rule"]), **common)
-    scaling = settings["scaling"]
-    if scaling == "channel":
-        raise InfuseError("The file uses scaling='channel', which Infuse's Bottleneck does not have.")
     return Bottleneck(
-        scale=1.0 if scaling == "learned" else float(scaling),
         learned_scale=scaling == "learned",
         start=_STARTS.get(settings["init_weights"], "normal"),
         **common,
@@ -203,8 +204,8 @@ def written(adapter: Adapter) -> dict[str, Any]:
         scaling = "learned" if method.learned_scale else method.scale
         return settings | {"scaling": scaling, "init_weights": starts[method.start]}
     return settings | {
-        "phm_layer": True, "phm_dim": method.n, "factorized_phm_W": bool(method.rank), "phm_rank": method.rank or 1,
-        "shared_phm_rule": method.shared_rule,
+        "scaling": method.scale, "phm_layer": True, "phm_dim": method.n, "factorized_phm_W": bool(method.rank),
+        "phm_rank": method.rank or 1, "shared_phm_rule": method.shared_rule,
     }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from infuse.spaces import Choice, Log
 @register
 @dataclass(frozen=True)
 class Compacter(Method):
-    """A bottleneck ``h' = h + f(z·H_D + b)·H_U + c`` with ``H = Σᵢ Aᵢ ⊗ Wᵢ`` and ``Wᵢ = sᵢ·tᵢ`` of rank 1.
+    """A bottleneck ``h' = h + s·(f(z·H_D + b)·H_U + c)`` with ``H = Σᵢ Aᵢ ⊗ Wᵢ`` and ``Wᵢ = sᵢ·tᵢ`` of rank 1.
 
     ``Aᵢ`` (n, n) is the rule, learned, N(0, 1e-4) at the start and shared by all sites; ``Wᵢ`` is (in/n, out/n).
     Karimi Mahabadi et al. 2021, arXiv:2106.04647. Compacter sits at attention and feed-forward outputs and reads ``h``;
@@ -37,6 +37,8 @@ class Compacter(Method):
     width: int = 0
     activation: str = "gelu"
     reads: str = "output"
+    scale: float = 1.0
+    """The factor s."""
     dropout: float = 0.0
     train_norms: bool = False
     """Train copies of the LayerNorms that follow the adapted sublayers, too, as the paper does."""
@@ -100,7 +102,8 @@ class Compacter(Method):
 
     def prepare(self, p: Params) -> Params:
         # H is built once per adapter and call; neither that nor the factored product is always cheaper (decisions.md).
-        return {"D": self._matrix(p, "down"), "U": self._matrix(p, "up"), "b": p["b"], "c": p["c"]}
+        up, c = self.scale * self._matrix(p, "up"), self.scale * p["c"]
+        return {"D": self._matrix(p, "down"), "U": up, "b": p["b"], "c": c}
 
     def wants(self, function: str) -> frozenset[str]:
         return frozenset({SOURCES[self.reads], "training"}) if function == "update" else super().wants(function)
