@@ -193,6 +193,14 @@ class Mixer(Method):
     undecayed: ClassVar[tuple[str, ...]] = ()
     """Parameters that weight decay must leave alone."""
 
+    def mixed(self, members: "tuple[Method, ...]") -> "tuple[Method, ...]":
+        """The members' settings at a site under which their updates are mixed; by default their own."""
+        return members
+
+    def adds_query(self, members: "tuple[Method, ...]") -> bool:
+        """Whether the query is added to the activation, too."""
+        return False
+
     @abstractmethod
     def weigh(self, p: Params, query: Tensor, updates: Tensor, training: bool) -> Tensor:
         """Weights (..., members) of the members' updates (..., members, width)."""

@@ -23,7 +23,8 @@ class Recipe:
 
     @staticmethod
     def of(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> "Recipe":
-        return Recipe(adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members))
+        method, members = adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members)
+        return Recipe(method, method.mixed(members) if isinstance(method, Mixer) else members)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -48,7 +49,8 @@ class Recipe:
             )
             weights = self.method.weigh(own, query, stacked, fixed["training"])
             note_weights(fixed["site"], weights)
-            return given["h"] + self.method.mix(own, weights, stacked)
+            new = given["h"] + self.method.mix(own, weights, stacked)
+            return new + query if self.method.adds_query(self.members) else new
         if self.method.additive:
             return given["h"] + _ask(self.method, "update", own, given)
         return _ask(self.method, "forward", own, given)

@@ -134,17 +134,19 @@ def read_fusion(
             raise InfuseError(f"The fusion file uses {option}={settings[option]}, which Infuse's Fusion does not have.")
     name = str(config["name"])
     members = [str(m) for m in config.get("adapter_names") or name.split(",")]
+    kind = next((t for t in map(model_type, model.modules()) if t), "")
     places, deltas = containers(model, sites), []
     for path, found in grouped(tensors, name).get("adapter_fusion_layer", {}).items():
         place = match_path(path, places)
         if place is None:
             raise InfuseError(f"The file fuses at {path!r}, which {type(model).__name__} does not have.")
+        method = config_of.fusion(places[place], kind)
         with torch.device("meta"):
-            expected = Fusion().init(places[place])
+            expected = method.init(places[place])
         params = {
             n: fitted(f"{path}.{_FUSION[n]}", _take(found, path, _FUSION[n]), v.shape) for n, v in expected.items()
         }
-        deltas.append((places[place], Fusion(), params))
+        deltas.append((places[place], method, params))
     base = {"name": str(config.get("model_name") or "an unnamed base"), "type": "", "digest": ""}
     bundle = _bundle(deltas, name, base)
     bundle.members = members

@@ -14,6 +14,7 @@ from infuse.foreign import refuse_options
 from infuse.method import Method
 from infuse.methods.bottleneck import Bottleneck
 from infuse.methods.compacter import Compacter
+from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
 from infuse.sites import Site
@@ -113,9 +114,18 @@ def at(
     down = next((found[k] for k in ("adapter_down.0.bias", "adapter_down.0.b") if k in found), None)
     if down is not None and len(down) != method_width(method, site):
         method = replace(method, width=len(down))
-    if kind == "albert" and site.role == "attention_output":
+    if _exchanged(kind, site):
         method = replace(method, reads={"output": "residual", "residual": "output"}.get(method.reads, method.reads))
     return method
+
+
+def fusion(site: Site, kind: str) -> Fusion:
+    """A fusion at one site: there the library adds what parallel members read."""
+    return Fusion(adds="output" if _exchanged(kind, site) else "residual")
+
+
+def _exchanged(kind: str, site: Site) -> bool:
+    return kind == "albert" and site.role == "attention_output"
 
 
 def method_width(method: Bottleneck | Compacter, site: Site) -> int:

@@ -1,6 +1,6 @@
 """AdapterFusion: attention over the updates of several trained adapters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from infuse.errors import InfuseError
 from infuse.lean import linear
-from infuse.method import Mixer, Params, register_mixer
+from infuse.method import Method, Mixer, Params, register_mixer
+from infuse.methods.bottleneck import SOURCES
 from infuse.sites import Site
 
 
@@ -29,11 +31,26 @@ class Fusion(Mixer):
     regulariser: float = 0.01
     dropout: float = 0.0
     """Dropout on the scores."""
+    adds: str = ""
+    """Set in AdapterHub's files, whose fusions let all members read what the last one reads: if that is this
+    (``residual``, say), it is added to the activation once more. Empty: each member reads its own, nothing is added."""
 
     name = "fusion"
     learning_rate = 1e-3  # the papers' 5e-5 leaves the attention uniform on small tasks (docs/results.md)
     undecayed = ("V",)
     stackable = True
+
+    def __post_init__(self) -> None:
+        if self.adds not in ("", *SOURCES):
+            raise InfuseError(f"Fusion's adds is empty or one of {', '.join(SOURCES)}.")
+
+    def mixed(self, members: tuple[Method, ...]) -> tuple[Method, ...]:
+        if not self.adds:
+            return members
+        return tuple(replace(m, reads=_reads(members[-1])) if _reads(m) else m for m in members)
+
+    def adds_query(self, members: tuple[Method, ...]) -> bool:
+        return bool(self.adds) and _reads(members[-1]) == self.adds
 
     def init(self, site: Site) -> dict[str, Tensor]:
         def normal() -> Tensor:
@@ -65,3 +82,8 @@ class Fusion(Mixer):
 
     def penalty(self, p: Params) -> Any:
         return self.regulariser * (p["V"] - torch.eye(len(p["V"]), device=p["V"].device)).square().sum()
+
+
+def _reads(member: Method) -> str:
+    """What a member reads; empty for one without the choice."""
+    return getattr(member, "reads", "")
