@@ -64,6 +64,29 @@ def test_fusions_are_written_and_read_back(tmp_path):
     close(output(fresh, batch), output(model, batch))
 
 
+@pytest.mark.parametrize("layers", [("last:1", "last:1"), ("all", "last:1")], ids=["both", "one"])
+def test_fusions_of_members_that_leave_layers_out(layers, tmp_path):
+    """The library's file has a fusion at every layer, used or not."""
+    model = tiny("bert")
+    batch = inputs(model)
+    for name, own in zip("ab", layers, strict=True):
+        infuse.attach(model, Bottleneck.pfeiffer(), name, layers=own)
+        wake(model, name)
+    infuse.fuse(model, ["a", "b"])
+    infuse.save(model, "a,b", tmp_path / "hub", format="adapterhub")
+    path = tmp_path / "hub" / "model_adapter_fusion.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {key.replace("layer.1.", "layer.0."): value.clone() for key, value in tensors.items()}, path)
+    fresh = tiny("bert")
+    if layers[0] == layers[1]:
+        assert set(infuse.load(fresh, tmp_path / "hub").sites) == {"1.ffn_output"}
+        close(output(fresh, batch), output(model, batch))
+        return
+    with pytest.raises(infuse.InfuseError, match="where only a has"):
+        infuse.load(fresh, tmp_path / "hub")
+    assert not hasattr(fresh, "infuse")
+
+
 def written(tmp_path, method, change=lambda config: None, rename=lambda key: key):
     model = tiny("bert", AutoModelForSequenceClassification)
     infuse.attach(model, method, "task", trained=())

@@ -170,6 +170,8 @@ def _matched(
 
 def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, arch: Arch | None = None) -> Adapter:
     """Attach what :func:`read` gave."""
+    if bundle.members:
+        bundle = replace(bundle, deltas=_mixable(model, bundle))
     adapter = _built(model, bundle, name or bundle.name)
     if bundle.members:
         return attach_mixer(model, adapter, bundle.members)
@@ -208,6 +210,22 @@ def _check_member(model: nn.Module, name: str, bundle: Bundle) -> None:
             f"The model's adapter {name!r} is not the file's member {name!r}; save it, detach it, and load it again "
             "under another name."
         )
+
+
+def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
+    """A mixer's deltas where its members have theirs: AdapterHub's files hold some at every sublayer."""
+    store, deltas = store_of(model), []
+    for delta in bundle.deltas:
+        have = [m for m in bundle.members if delta[0].name in store[m].sites]
+        if have and have != bundle.members:
+            raise InfuseError(
+                f"The file mixes {listed(bundle.members)} at {delta[0].name}, where only {listed(have)} has a delta; "
+                "fuse adapters that have the same sites."
+            )
+        deltas += [delta] if have else []
+    if not deltas:
+        raise InfuseError(f"The adapters {listed(bundle.members)} have no delta where the file mixes them.")
+    return deltas
 
 
 def header(path: str | Path) -> dict[str, Any]:
