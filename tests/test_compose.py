@@ -79,6 +79,26 @@ def test_a_fusion_without_its_members_files_needs_fitting_ones(fused):
     with pytest.raises(infuse.InfuseError, match=r"'p' can't be mixed: it adds nothing at 0\.ffn_output"):
         infuse.load(model, fused)
     assert list(model.infuse.adapters) == ["p", "q"]
+@pytest.mark.parametrize("last", ["pfeiffer", "parallel"])
+def test_fusions_that_let_the_last_member_decide(last, tmp_path):
+    """As AdapterHub's files have them: ``reads`` of the others has no say, and what parallel members read is added."""
+    model, batch = trained("bert", last, "c", rows=4)
+    for name, reads in {"a": "output", "b": model.infuse["c"].method.reads}.items():
+        infuse.attach(model, Bottleneck(roles=("ffn_output",), reads=reads), name)
+    wake(model, "a")
+    model.infuse["b"].load_state_dict(model.infuse["a"].state_dict())
+    for name, members in {"fused": "ac", "own": "bc", "plain": "bc"}.items():
+        infuse.fuse(model, list(members), "fusion" if name == "plain" else "fusion:adds=residual", name)
+        model.infuse[name].load_state_dict(model.infuse["fused"].state_dict())
+    close(output(model, batch, "fused"), output(model, batch, "own"))
+    assert torch.allclose(output(model, batch, "own"), output(model, batch, "plain"), atol=1e-4) == (last == "pfeiffer")
+    mixed = output(model, batch, ["fused", "a", "plain", None])
+    for row, name in enumerate(["fused", "a", "plain", None]):
+        close(mixed[row], output(model, batch, name)[row])
+    infuse.save(model, "fused", tmp_path / "fused")
+    fresh = tiny("bert")
+    infuse.load(fresh, tmp_path / "fused")
+    assert torch.equal(output(fresh, batch), output(model, batch, "fused"))
 
 
 def test_only_the_fusion_learns():
