@@ -214,20 +214,37 @@ def test_invertible_adapters_and_lost_rules_are_refused(tmp_path):
         infuse.load(tiny("bert"), folder)
 
 
-def test_ia3_before_the_activation_is_refused_and_the_rest_converted(tmp_path):
-    def ia3(config):
-        config["config"] |= {"architecture": "lora", "composition_mode": "scale", "r": 1, "alpha": 1,
-                             "attn_matrices": ["k", "v"]}  # fmt: skip
+def hub_ia3(tmp_path, kind, roles):
+    """A model, and the folder of a file that scales by its (IA)³ what ``roles`` name."""
+    model = tiny(kind)
+    infuse.attach(model, LoRA(rank=1, alpha=1.0, roles=roles), "task")
+    wake(model, "task")
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    path = tmp_path / "hub" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["config"]["composition_mode"] = "scale"
+    path.write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "hub" / "adapter.safetensors")
+    save_file({k: v + 1 for k, v in tensors.items() if k.endswith("lora_B")}, tmp_path / "hub" / "adapter.safetensors")
+    return model, tmp_path / "hub"
 
-    _, folder = written(tmp_path, LoRA(rank=1, alpha=1.0, roles=("key", "value")), ia3)
-    tensors = load_file(folder / "adapter.safetensors")
-    scales = {k: v + 1 for k, v in tensors.items() if k.endswith("lora_B")}
-    save_file(scales, folder / "adapter.safetensors")
-    model = tiny("bert")
-    adapter = infuse.load(model, folder)
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+def test_ia3_at_outputs_is_converted(kind, tmp_path):
+    model, folder = hub_ia3(tmp_path, kind, ("key", "value", "ffn_output"))
+    adapter = infuse.load(model, folder, "ia3")
     assert isinstance(adapter.method, IA3)
-    assert {s.role for s in adapter.sites.values()} == {"key", "value"}
-    extra = {"bert.encoder.layer.0.intermediate.dense.loras.task.lora_B": torch.ones(48, 1)}
-    save_file(scales | extra, folder / "adapter.safetensors")
+    assert {s.role.removeprefix("cross_") for s in adapter.sites.values()} == {"key", "value", "ffn_output"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_ia3_at_the_ungated_half_scales_the_hidden_values(kind, tmp_path):
+    model, folder = hub_ia3(tmp_path, kind, ("ffn_up",))
+    adapter = infuse.load(model, folder, "ia3")
+    assert {s.role for s in adapter.sites.values()} == {"ffn_hidden"}
+
+
+def test_ia3_before_the_activation_is_refused(tmp_path):
+    model, folder = hub_ia3(tmp_path, "bert", ("key", "value", "ffn_up"))
     with pytest.raises(infuse.InfuseError, match="before its non-linearity"):
-        infuse.load(tiny("bert"), folder)
+        infuse.load(model, folder, "ia3")

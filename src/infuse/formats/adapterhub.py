@@ -79,7 +79,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
         "digest": "",
     }
     if settings.get("architecture") == "lora":
-        deltas = _lora(model, sites, parts.get("loras", {}), config, settings, kind)
+        deltas = _lora(model, sites, parts.get("loras", {}), config, settings)
         return _bundle(deltas, name, base)
     if settings.get("architecture") is not None:
         raise InfuseError(
@@ -271,7 +271,6 @@ def _lora(
     places: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
     settings: Mapping[str, Any],
-    kind: str,
 ) -> list[tuple[Site, Method, Params]]:
     method = config_of.lora(settings, config)
     chosen = [r for r in ("query", "key", "value") if r[0] in settings.get("attn_matrices", ["q", "v"])]
@@ -283,7 +282,7 @@ def _lora(
         slices = [s for s in sites if s.module is whole.module and not s.whole and s.role in chosen]
         on = slices if whole.role == "qkv" else [whole]
         if isinstance(method, IA3):
-            on = [config_of.ia3_site(s, sites, kind) for s in on]
+            on = [config_of.ia3_site(s, sites) for s in on]
         with torch.device("meta"):
             expected = [method.init(site) for site in on]
         for key in expected[0]:

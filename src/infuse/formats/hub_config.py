@@ -163,13 +163,13 @@ def lora(settings: Mapping[str, Any], config: Mapping[str, Any]) -> LoRA | IA3:
 _UNGATED = {"wi_1", "up_proj"}
 
 
-def ia3_site(site: Site, sites: Any, kind: str) -> Site:
+def ia3_site(site: Site, sites: Any) -> Site:
     """Where the library's (IA)³ at a linear's output belongs; it scales feed-forward blocks before the activation."""
-    if site.role in ("query", "key", "value", "cross_query", "cross_key", "cross_value"):
+    if site.role in ("query", "key", "value", "cross_query", "cross_key", "cross_value", "ffn_output"):
         return site
     hidden = next((s for s in sites if s.role == "ffn_hidden" and (s.stack, s.layer) == (site.stack, site.layer)), None)
     gated = any(s.role == "ffn_gate" and (s.stack, s.layer) == (site.stack, site.layer) for s in sites)
-    if gated and hidden and site.path.rsplit(".", 1)[-1] in _UNGATED and kind not in ("llama", "mistral"):
+    if gated and hidden and site.path.rsplit(".", 1)[-1] in _UNGATED:
         return hidden
     raise InfuseError(
         "AdapterHub's (IA)³ scales the feed-forward block before its non-linearity, T-Few's and Infuse's after it: "
