@@ -172,6 +172,19 @@ def test_constant_scales_are_read(method, tmp_path):
     close(output(model, batch, "doubled"), output(model, batch, "task"))
 
 
+def test_files_of_other_architectures_are_refused(tmp_path):
+    """Without a type in the file (those of old versions), too: encoder and decoder would meet in Llama's layers."""
+    model = tiny("bart")
+    infuse.attach(model, Bottleneck.pfeiffer(), "task")
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    with pytest.raises(infuse.InfuseError, match="'bart' model, but this is a 'llama'"):
+        infuse.load(tiny("llama"), tmp_path / "hub")
+    path = tmp_path / "hub" / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_type"}))
+    with pytest.raises(infuse.InfuseError, match="two deltas for one place"):
+        infuse.load(tiny("llama"), tmp_path / "hub")
+
+
 def test_versions_that_ignored_alpha(tmp_path):
     def old(config):
         config["version"] = "adapters.1.0.1"

@@ -72,7 +72,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     name = str(config.get("name") or "default")
     parts = grouped(tensors, name)
     settings = config_of.resolved(config)
-    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    kind = _kind(model, config)
     base = {
         "name": str(config.get("model_name") or "an unnamed base"),
         "type": str(config.get("model_type") or ""),
@@ -134,7 +134,7 @@ def read_fusion(
             raise InfuseError(f"The fusion file uses {option}={settings[option]}, which Infuse's Fusion does not have.")
     name = str(config["name"])
     members = [str(m) for m in config.get("adapter_names") or name.split(",")]
-    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    kind = _kind(model, config)
     places, deltas = containers(model, sites), []
     for path, found in grouped(tensors, name).get("adapter_fusion_layer", {}).items():
         place = match_path(path, places)
@@ -239,9 +239,22 @@ def tensors_path(folder: Path, names: Sequence[str]) -> Path:
     return next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
 
 
+def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
+    """The model's type, which has to be that of the file: layers of other architectures may carry the same names."""
+    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    made_for = config.get("model_type")
+    if kind and made_for and kind != made_for:
+        raise InfuseError(
+            f"The file was made for a {made_for!r} model, but this is a {kind!r}; load it onto its own base."
+        )
+    return kind
+
+
 def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str, str]) -> Bundle:
     if not deltas:
         raise InfuseError(f"None of the file's tensors belongs to the adapter {name!r} that its config names.")
+    if len({s.name for s, _, _ in deltas}) < len(deltas):
+        raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
     roles = {s.role for s, _, _ in deltas}
     roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
     ordered = tuple(r for r in ROLES if r in roles)
