@@ -138,6 +138,15 @@ def test_heads_of_transformers_classes_come_along(tmp_path):
     assert not torch.equal(fresh.classifier.weight, torch.ones(2, 32))
 
 
+def test_a_head_of_another_number_of_labels_is_refused_as_that(tmp_path):
+    _, folder = written(tmp_path, Bottleneck.houlsby())
+    save_file(
+        {"classifier.weight": torch.ones(5, 32), "classifier.bias": torch.zeros(5)}, folder / "model_head.safetensors"
+    )
+    with pytest.raises(infuse.InfuseError, match="another number of labels"):
+        infuse.load(tiny("bert", AutoModelForSequenceClassification), folder)
+
+
 def test_a_head_file_that_holds_the_transformer_too(tmp_path):
     """The library leaves T5's out only where its class gives it no prefix."""
     model, fresh = (tiny("t5", AutoModelForSequenceClassification, decoder_start_token_id=0) for _ in range(2))

@@ -195,7 +195,9 @@ def _built(model: nn.Module, bundle: Bundle, name: str) -> Adapter:
         expected = own.state_dict()
         if missing := expected.keys() - state.keys():
             raise InfuseError(f"The file's copy of {path} lacks {listed(missing)}.")
-        own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape) for n, v in expected.items()})
+        # The deltas fit, so that the base is the right one.
+        why = "the adapter's head has another number of labels; load the base with its num_labels"
+        own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape, why) for n, v in expected.items()})
     return adapter
 
 

@@ -147,12 +147,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def fitted(name: str, value: Tensor, shape: torch.Size) -> Tensor:
-    """``value`` in the shape that the model asks for, apart from dimensions of one; else an error with both."""
+def fitted(
+    name: str, value: Tensor, shape: torch.Size, why: str = "the adapter was made for another base model"
+) -> Tensor:
+    """``value`` in the shape that the model asks for, apart from dimensions of one; else an error with both and why."""
     if [d for d in value.shape if d != 1] != [d for d in shape if d != 1]:
         raise InfuseError(
-            f"{name} in the file has shape {tuple(value.shape)}, but this model needs {tuple(shape)}: "
-            "the adapter was made for another base model."
+            f"{name} in the file has shape {tuple(value.shape)}, but this model needs {tuple(shape)}: {why}."
         )
     if not value.is_floating_point():
         raise InfuseError(f"{name} in the file holds {value.dtype} values; an adapter's are floating-point numbers.")
