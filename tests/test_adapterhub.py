@@ -147,6 +147,14 @@ def test_a_head_of_another_number_of_labels_is_refused_as_that(tmp_path):
         infuse.load(tiny("bert", AutoModelForSequenceClassification), folder)
 
 
+def test_heads_of_adapter_model_classes_are_not_replaced_by_untrained_ones(tmp_path):
+    _, folder = written(tmp_path, Bottleneck.houlsby())
+    save_file({"heads.task.1.weight": torch.ones(2, 32)}, folder / "model_head.safetensors")
+    with pytest.raises(infuse.InfuseError, match="AdapterModel classes"):
+        infuse.load(tiny("bert", AutoModelForSequenceClassification), folder)
+    assert not infuse.load(tiny("bert"), folder).copies
+
+
 def test_a_head_file_that_holds_the_transformer_too(tmp_path):
     """The library leaves T5's out only where its class gives it no prefix."""
     model, fresh = (tiny("t5", AutoModelForSequenceClassification, decoder_start_token_id=0) for _ in range(2))

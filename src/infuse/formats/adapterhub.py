@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter
+from infuse.adapter import Adapter, classification_head
 from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
 from infuse.formats import hub_config as config_of
@@ -114,6 +114,11 @@ def read_head(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Ten
 
     The library leaves the transformer out of such a file, but not T5's where it has a prefix.
     """
+    if any(k.startswith("heads.") for k in tensors) and classification_head(model):
+        raise InfuseError(
+            "The file's head is one of the library's AdapterModel classes: the untrained head of "
+            f"{type(model).__name__} would answer instead. Load the adapter onto AutoModel, or remove the head's files."
+        )
     inner: Any = next((m for m in model.modules() if model_type(m)), model)
     others = ("heads.", f"{getattr(inner, 'base_model_prefix', '')}.")
     copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, None)
