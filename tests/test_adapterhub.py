@@ -1,6 +1,7 @@
 """AdapterHub's files beyond the golden cases: writing, legacy names, heads, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
+from infuse.adapter import Delta, key
+from infuse.heads import Head
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
@@ -50,6 +53,168 @@ def test_written_files_are_read_back(method, kind, tmp_path):
     close(output(fresh, batch), output(model, batch))
 
 
+def saved(model, folder, name="task"):
+    """The settings in the config of an adapter's file."""
+    infuse.save(model, name, folder, format="adapterhub")
+    return json.loads((folder / "adapter_config.json").read_text())["config"]
+
+
+def refused(model, folder, name, message):
+    with pytest.raises(infuse.InfuseError, match=message):
+        infuse.save(model, name, folder / "hub", format="adapterhub")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "left_out"),
+    [
+        ("bert", "last:1", [0]),
+        ("gpt2", "first:1", [1]),
+        ("t5", "last:1", [0, 2]),
+        ("bart", [0], [1, 3]),
+        ("albert", [1], [0]),
+    ],
+)
+@pytest.mark.parametrize("method", [Bottleneck.pfeiffer(), LoRA(rank=2)], ids=lambda m: m.name)
+def test_layers_without_deltas_are_left_out(method, kind, layers, left_out, tmp_path):
+    """The library makes deltas, at random, in all other layers; it counts a decoder's after the encoder's."""
+    model = tiny(kind)
+    adapter = infuse.attach(model, method, "task", layers=layers)
+    assert saved(model, tmp_path / "hub")["leave_out"] == left_out
+    assert infuse.load(tiny(kind), tmp_path / "hub").sites.keys() == adapter.sites.keys()
+
+
+@pytest.mark.parametrize(("kind", "exchanged"), [("llama", True), ("mistral", True), ("qwen3", False), ("bert", False)])
+@pytest.mark.parametrize("role", ["ffn_up", "ffn_output"])
+def test_the_switch_that_the_library_has_for_a_linear(role, kind, exchanged, tmp_path):
+    """Its Llama and Mistral have the switches of the two feed-forward linears exchanged."""
+    model = tiny(kind)
+    infuse.attach(model, LoRA(rank=2, roles=(role,)), "task")
+    config = saved(model, tmp_path / "hub")
+    assert config["intermediate_lora"] is ((role == "ffn_up") is not exchanged)
+    assert config["output_lora"] is not config["intermediate_lora"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "message"),
+    [
+        ("bert", Bottleneck.houlsby(roles=("query",)), "no place at query"),
+        ("t5", Bottleneck.houlsby(roles=("ffn_up",)), "no place at ffn_up"),
+        ("gpt2", Bottleneck.houlsby(roles=("ffn_up", "ffn_output")), "no place at ffn_up"),
+        ("bert", Bottleneck.houlsby(train_norms=True), "no trained norms"),
+        ("t5", LoRA(rank=2, roles=("cross_query",)), "lacks decoder.0.query"),
+        ("modernbert", LoRA(rank=2, roles=("ffn_up",)), "no place at ffn_up"),
+        ("modernbert", Bottleneck.pfeiffer(), "ModernBERT"),
+        ("gemma2", Bottleneck.pfeiffer(), "Gemma"),
+        ("gemma3_text", infuse.make("compacter++:width=8"), "Gemma"),
+        ("bert", LoRA(rank=2, dora=True), "DoRA"),
+        ("mpnet", Bottleneck.houlsby(), "does not support .*mpnet"),
+        ("phi3", LoRA(rank=2), "does not support .*phi3"),
+        ("bert", IA3(), "can't express IA3"),
+    ],
+    ids=lambda value: infuse.method.spelled(value) if isinstance(value, infuse.Method) else None,
+)
+def test_what_the_library_has_no_place_for_is_not_written(kind, method, message, tmp_path):
+    model = tiny(kind)
+    infuse.attach(model, method, "task")
+    refused(model, tmp_path, "task", f"{message}.*; save it in Infuse's own format")
+
+
+def replaced(adapter, layer, **settings):
+    """Give an adapter fresh deltas with other settings in one layer, as files with settings per module have them."""
+    for site in adapter.sites.values():
+        if site.layer == layer:
+            method = replace(adapter.method, **settings)
+            adapter.deltas[key(site.name)] = Delta(method, method.init(site))
+
+
+@pytest.mark.parametrize("method", [Bottleneck.houlsby(), Compacter(width=4)], ids=lambda m: m.name)
+def test_widths_per_layer_are_written_as_a_map(method, tmp_path):
+    model = tiny("bert")
+    replaced(infuse.attach(model, method, "task"), 1, width=8)
+    wake(model, "task")
+    factors = saved(model, tmp_path / "hub")["reduction_factor"]
+    assert {layer: int(32 // factor) for layer, factor in factors.items()} == {"0": method.width or 2, "1": 8}
+    fresh, batch = tiny("bert"), inputs(model)
+    infuse.load(fresh, tmp_path / "hub")
+    close(output(fresh, batch), output(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (LoRA(rank=2), {"alpha": 30.0}, "several of alpha"),
+        (LoRA(rank=2), {"rank": 3}, "several of rank"),
+        (Bottleneck.houlsby(), {"scale": 2.0, "activation": "relu"}, "several of activation, scale"),
+    ],
+)
+def test_other_settings_that_differ_between_modules_are_refused(method, settings, message, tmp_path):
+    model = tiny("bert")
+    replaced(infuse.attach(model, method, "task"), 1, **settings)
+    refused(model, tmp_path, "task", message)
+
+
+def test_the_library_takes_the_width_and_the_scale_from_what_is_written(tmp_path):
+    """It divides the model's width by ``reduction_factor``, rounding down, and knows a float only as a scale."""
+    for width in range(1, 33):
+        model = tiny("bert")
+        infuse.attach(model, Bottleneck.parallel(width=width, scale=4), "task")
+        config = saved(model, tmp_path / "hub")
+        assert int(32 // config["reduction_factor"]) == width
+        assert isinstance(config["scaling"], float)
+
+
+PARALLEL = Bottleneck.parallel()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ((LoRA(rank=2, roles=("ffn_output",)), Bottleneck.pfeiffer()), "'a' is not such"),
+        ((Bottleneck.houlsby(), Bottleneck.pfeiffer()), "'a' is not such"),
+        ((PARALLEL, PARALLEL), "members that read residual"),
+        ((Bottleneck.houlsby(reads="normed"), Bottleneck.houlsby()), "members that read normed, output"),
+        ((Bottleneck.pfeiffer(), infuse.make("compacter++:width=8,train_norms=true")), "no trained norms"),
+    ],
+)
+def test_fusions_that_the_library_computes_otherwise_are_refused(members, message, tmp_path):
+    model = tiny("bert")
+    for name, method in zip("ab", members, strict=True):
+        infuse.attach(model, method, name)
+    infuse.fuse(model, ["a", "b"])
+    refused(model, tmp_path, "a,b", message)
+
+
+def test_stacks_are_refused(tmp_path):
+    model = tiny("bert")
+    for name in "ab":
+        infuse.attach(model, Bottleneck.houlsby(), name)
+    infuse.stack(model, ["a", "b"])
+    refused(model, tmp_path, "a+b", "no stack")
+
+
+def test_a_models_own_head_is_written(tmp_path):
+    model = tiny("bert", AutoModelForSequenceClassification, num_labels=3)
+    adapter = infuse.attach(model, Bottleneck.houlsby(), "task")
+    wake(model, "task")
+    torch.nn.init.normal_(adapter.copy_of("classifier").weight)
+    infuse.save(model, "task", tmp_path / "hub", format="adapterhub")
+    facts = json.loads((tmp_path / "hub" / "head_config.json").read_text())
+    assert (facts["model_class"], facts["num_labels"]) == ("BertForSequenceClassification", 3)
+    fresh, batch = tiny("bert", AutoModelForSequenceClassification, num_labels=3), inputs(model)
+    infuse.load(fresh, tmp_path / "hub")
+    close(fresh(**batch).logits, model(**batch).logits)
+
+
+def test_other_copies_are_refused_and_heads_of_infuse_are_left_out_aloud(tmp_path):
+    model = tiny("bert")
+    infuse.attach(model, Bottleneck.houlsby(), "task", trained=["pooler"])
+    refused(model, tmp_path, "task", "trained copy of pooler")
+    infuse.attach(model, Bottleneck.houlsby(), "headed").head = Head("cosine", ["x", "y"], 32)
+    with pytest.warns(UserWarning, match="no place for Infuse's head of 'headed'"):
+        infuse.save(model, "headed", tmp_path / "hub", format="adapterhub")
+
+
 def test_fusions_are_written_and_read_back(tmp_path):
     model = tiny("bert")
     batch = inputs(model)
@@ -64,26 +229,28 @@ def test_fusions_are_written_and_read_back(tmp_path):
     close(output(fresh, batch), output(model, batch))
 
 
-@pytest.mark.parametrize("layers", [("last:1", "last:1"), ("all", "last:1")], ids=["both", "one"])
-def test_fusions_of_members_that_leave_layers_out(layers, tmp_path):
+@pytest.mark.parametrize("lacking", ["ab", "b"])
+def test_fusions_of_members_that_leave_layers_out(lacking, tmp_path):
     """The library's file has a fusion at every layer, used or not."""
     model = tiny("bert")
     batch = inputs(model)
-    for name, own in zip("ab", layers, strict=True):
-        infuse.attach(model, Bottleneck.pfeiffer(), name, layers=own)
+    for name in "ab":
+        infuse.attach(model, Bottleneck.pfeiffer(), name, layers="last:1")
         wake(model, name)
     infuse.fuse(model, ["a", "b"])
-    infuse.save(model, "a,b", tmp_path / "hub", format="adapterhub")
-    path = tmp_path / "hub" / "model_adapter_fusion.safetensors"
-    tensors = load_file(path)
-    save_file(tensors | {key.replace("layer.1.", "layer.0."): value.clone() for key, value in tensors.items()}, path)
+    infuse.save(model, "a,b", tmp_path, format="adapterhub")
+    paths = [tmp_path / "model_adapter_fusion.safetensors"]
+    paths += [tmp_path / "members" / name / "adapter.safetensors" for name in "ab" if name not in lacking]
+    for path in paths:
+        tensors = load_file(path)
+        save_file({k.replace("layer.1.", "layer.0."): v.clone() for k, v in tensors.items()} | tensors, path)
     fresh = tiny("bert")
-    if layers[0] == layers[1]:
-        assert set(infuse.load(fresh, tmp_path / "hub").sites) == {"1.ffn_output"}
+    if lacking == "ab":
+        assert set(infuse.load(fresh, tmp_path).sites) == {"1.ffn_output"}
         close(output(fresh, batch), output(model, batch))
         return
     with pytest.raises(infuse.InfuseError, match="where only a has"):
-        infuse.load(fresh, tmp_path / "hub")
+        infuse.load(fresh, tmp_path)
     assert not hasattr(fresh, "infuse")
 
 

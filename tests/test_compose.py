@@ -79,6 +79,8 @@ def test_a_fusion_without_its_members_files_needs_fitting_ones(fused):
     with pytest.raises(infuse.InfuseError, match=r"'p' can't be mixed: it adds nothing at 0\.ffn_output"):
         infuse.load(model, fused)
     assert list(model.infuse.adapters) == ["p", "q"]
+
+
 @pytest.mark.parametrize("last", ["pfeiffer", "parallel"])
 def test_fusions_that_let_the_last_member_decide(last, tmp_path):
     """As AdapterHub's files have them: ``reads`` of the others has no say, and what parallel members read is added."""

@@ -8,6 +8,7 @@ folder as its own.
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -47,7 +48,8 @@ _HEAD = "infuse.head."
 def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse") -> Path:
     """Write one adapter, head included, into a folder; readers see the old or the new file, whole.
 
-    A mixer's members go into ``members/NAME`` below it.
+    A mixer's members go into ``members/NAME`` below it. AdapterHub's files have no place for a head of Infuse: with
+    ``adapterhub`` it is left out, with a warning.
 
     Args:
         model: the adapted model.
@@ -59,10 +61,10 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     adapter = store[name]
     if format not in ("infuse", "adapterhub"):
         raise InfuseError(f"Unknown format {format!r}; choose infuse or adapterhub.")
-    for member in adapter.members:
-        save(model, member, Path(path) / "members" / member, format=format)
     if format == "adapterhub":
         return _save_adapterhub(model, adapter, Path(path))
+    for member in adapter.members:
+        save(model, member, Path(path) / "members" / member)
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
     tensors, config = _written(model, adapter, base)
@@ -225,9 +227,7 @@ def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
                 "fuse adapters that have the same sites."
             )
         deltas += [delta] if have else []
-    if not deltas:
-        raise InfuseError(f"The adapters {listed(bundle.members)} have no delta where the file mixes them.")
-    return deltas
+    return deltas or bundle.deltas  # without any, attaching says which member adds nothing
 
 
 def header(path: str | Path) -> dict[str, Any]:
@@ -356,14 +356,15 @@ def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundl
 
 
 def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    if adapter.members:
-        tensors, config = adapterhub.write_fusion(model, adapter)
-        names = (adapterhub.FUSION_CONFIG, adapterhub.FUSION_WEIGHTS[0])
-    else:
-        tensors, config = adapterhub.write(model, adapter)
-        names = (adapterhub.CONFIG, adapterhub.WEIGHTS[0])
-    tensors = {n: v.detach().cpu().contiguous() for n, v in tensors.items()}
-    write_folder(folder, {names[0]: json.dumps(config, indent=1).encode() + b"\n", names[1]: to_safetensors(tensors)})
+    members = [store_of(model)[name] for name in adapter.members]
+    try:
+        made = {folder / "members" / member.name: _adapterhub_files(model, member, []) for member in members}
+        made[folder] = _adapterhub_files(model, adapter, members)
+    except InfuseError as error:
+        reason = str(error).removesuffix(".")
+        raise InfuseError(f"{reason}; save it in Infuse's own format, without format='adapterhub'.") from None
+    for each, files in made.items():  # only now: if one of them can't be expressed, none is written
+        write_folder(each, files)
     return folder
 
 
@@ -377,6 +378,25 @@ def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, 
         return peft.write(model, adapter)
     tensors = {name: value.detach().contiguous() for name, value in _native(adapter).items()}
     return tensors, {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
+
+
+def _adapterhub_files(model: nn.Module, adapter: Adapter, members: list[Adapter]) -> dict[str, bytes]:
+    sites, model = store_of(model).sites, owner_of(model)
+    if members:
+        names = (adapterhub.FUSION_CONFIG, adapterhub.FUSION_WEIGHTS[0])
+        parts = {names: adapterhub.write_fusion(model, adapter, members)}
+    else:
+        parts = {(adapterhub.CONFIG, adapterhub.WEIGHTS[0]): adapterhub.write(model, sites, adapter)}
+    if adapter.copies:  # before the adapter, whose weights are replaced last
+        parts = {(adapterhub.HEAD_CONFIG, adapterhub.HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)} | parts
+    if adapter.head is not None:
+        message = f"AdapterHub's files have no place for Infuse's head of {adapter.name!r}; it is left out."
+        warnings.warn(message, stacklevel=4)
+    files: dict[str, bytes] = {}
+    for (config, weights), (tensors, facts) in parts.items():
+        files[config] = json.dumps(facts, indent=1).encode() + b"\n"
+        files[weights] = to_safetensors({n: v.detach().cpu().contiguous() for n, v in tensors.items()})
+    return files
 
 
 def _native(adapter: Adapter) -> dict[str, Tensor]:

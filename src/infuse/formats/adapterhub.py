@@ -4,7 +4,7 @@ What a file computes follows from its config; what can't be expressed here is re
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from infuse.formats import hub_config as config_of
 from infuse.formats.bundle import Bundle, fitted
 from infuse.formats.peft import by_module, heads
 from infuse.method import Method, Params
+from infuse.methods.bottleneck import Bottleneck
+from infuse.methods.compacter import Compacter
 from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
@@ -158,11 +160,13 @@ def read_fusion(
     return bundle
 
 
-def write(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write(
+    model: nn.Module, sites: Sequence[Site], adapter: Adapter, version: str = "1.3.0"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under the library's names, and the content of ``adapter_config.json``.
 
     Raises:
-        InfuseError: the library has no such method, or not these settings.
+        InfuseError: the library has no such method, or not these settings, or would make deltas that the adapter lacks.
     """
     facts = _facts(model, adapter, version)
     if facts["model_type"] == "albert" and any(
@@ -172,24 +176,57 @@ def write(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[d
         raise InfuseError(
             "AdapterHub exchanges output and residual at ALBERT's attention; this adapter can't be written so."
         )
-    return gathered(model, adapter, lambda tensor: tensor.detach()), {"config": config_of.written(adapter), **facts}
+    config = config_of.written(adapter, sites, facts["model_type"])
+    return gathered(model, adapter), {"config": config, **facts}
 
 
 def write_fusion(
-    model: nn.Module, adapter: Adapter, version: str = "1.3.0"
+    model: nn.Module, adapter: Adapter, members: Sequence[Adapter], version: str = "1.3.0"
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a fusion under the library's names, and the content of ``adapter_fusion_config.json``."""
+    if not isinstance(adapter.method, Fusion):
+        raise InfuseError(f"AdapterHub's files have fusions, but no {adapter.method.name}.")
+    for member in members:
+        if not isinstance(member.method, Bottleneck | Compacter) or set(member.sites) != set(adapter.sites):
+            raise InfuseError(
+                f"AdapterHub fuses bottlenecks and Compacter, all at the same modules; {member.name!r} is not such."
+            )
+    reads = {getattr(member.method_at(site), "reads", "") for member in members for site in member.sites.values()}
+    if len(reads) > 1 or "residual" in reads:
+        raise InfuseError(
+            "AdapterHub's fusions have all members read what the last one does, and add the residual twice if that is "
+            f"parallel: members that read {listed(sorted(reads))} can't be written."
+        )
     settings = {
         "dropout_prob": None, "key": True, "query": True, "query_before_ln": False, "regularization": True,
         "residual_before": False, "temperature": False, "value": True, "value_before_softmax": True,
         "value_initialized": True,
     }  # fmt: skip
     facts = {"adapter_names": list(adapter.members), "config": settings, **_facts(model, adapter, version)}
-    return gathered(model, adapter, lambda tensor: tensor.detach()), facts
+    return gathered(model, adapter), facts
+
+
+def write_head(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of the adapter's copy of the model's own head, and the content of ``head_config.json``."""
+    own = classification_head(model)
+    if other := [path for path in (p.replace("/", ".") for p in adapter.copies) if path.split(".")[0] not in own]:
+        raise InfuseError(
+            f"AdapterHub's files have a place for a classification head, none for a trained copy of {listed(other)}."
+        )
+    config: Any = model.config
+    facts = {"label2id": config.label2id, "num_labels": config.num_labels, "config": None}
+    tensors = {
+        f"{path.replace('/', '.')}.{name}": value.detach()
+        for path, module in adapter.copies.items()
+        for name, value in module.state_dict().items()
+    }
+    return tensors, {**_facts(model, adapter, version), **facts, "name": None}
 
 
 def _facts(model: nn.Module, adapter: Adapter, version: str) -> dict[str, Any]:
     inner: Any = next((m for m in model.modules() if model_type(m)), model)
+    if model_type(inner) not in config_of.KINDS:
+        raise InfuseError(f"AdapterHub's library does not support the model type {model_type(inner)!r}.")
     return {
         "hidden_size": getattr(inner.config, "hidden_size", None) or getattr(inner.config, "d_model", None),
         "model_class": type(model).__name__,
@@ -200,7 +237,7 @@ def _facts(model: nn.Module, adapter: Adapter, version: str) -> dict[str, Any]:
     }
 
 
-def gathered(model: nn.Module, adapter: Adapter, value: Any) -> dict[str, Tensor]:
+def gathered(model: nn.Module, adapter: Adapter, value: Callable[[Tensor], Any] = Tensor.detach) -> dict[str, Tensor]:
     """``value`` of every parameter (itself, or its gradient) under the library's names and in its shapes."""
     tensors: dict[str, Tensor] = {}
     if isinstance(adapter.method, LoRA | IA3):

@@ -1,15 +1,15 @@
 """Configurations of AdapterHub: presets, options, and what they mean as a method of Infuse."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import yaml
 from torch import Tensor
 
 from infuse.adapter import Adapter
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 from infuse.foreign import refuse_options
 from infuse.method import Method
 from infuse.methods.bottleneck import Bottleneck
@@ -18,6 +18,12 @@ from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
 from infuse.sites import Site
+
+KINDS = {
+    "bert", "roberta", "xlm-roberta", "electra", "deberta-v2", "distilbert", "albert", "modernbert", "t5", "mt5",
+    "bart", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text",
+}  # fmt: skip
+"""The model types of Infuse's table that ``adapters`` 1.3.0 supports."""
 
 LORA_KEYS = {"A": "lora_A", "B": "lora_B", "l": "lora_B"}
 
@@ -177,33 +183,22 @@ def ia3_site(site: Site, sites: Any) -> Site:
     )
 
 
-def written(adapter: Adapter) -> dict[str, Any]:
-    """The library's full config of an adapter."""
+def written(adapter: Adapter, sites: Sequence[Site], kind: str) -> dict[str, Any]:
+    """The library's full config of an adapter on a model with these sites, of type ``kind``."""
     method = adapter.method
-    roles = {site.role for site in adapter.sites.values()}
     if isinstance(method, LoRA):
-        names = {"query": "q", "key": "k", "value": "v"}
-        if method.dora or method.rslora or not roles <= _LORA_ROLES:
-            raise InfuseError("AdapterHub's LoRA has neither rsLoRA, PEFT's DoRA, nor deltas at attention outputs.")
-        return {
-            **{k: v for k, v in _LORA.items() if k != "architecture"}, "architecture": "lora", "r": method.rank,
-            "alpha": method.alpha, "dropout": method.dropout, "init_weights": "lora", "leave_out": [],
-            "attn_matrices": [names[r] for r in names if r in roles], "selfattn_lora": bool(roles & set(names)),
-            "intermediate_lora": "ffn_up" in roles, "output_lora": "ffn_output" in roles, "use_gating": False,
-            "dtype": None, "use_dora": False, "vera_d": None, "vera_b": None,
-        }  # fmt: skip
+        return _written_lora(adapter, sites, kind)
     if not isinstance(method, Bottleneck | Compacter):
         raise InfuseError(f"AdapterHub's files can't express {type(method).__name__} as Infuse has it.")
-    if {"attention_output", "ffn_output", "cross_attention_output"} < roles or method.train_norms:
-        raise InfuseError("AdapterHub's bottlenecks sit at attention and feed-forward outputs, without trained norms.")
+    if method.train_norms:
+        raise InfuseError("AdapterHub's bottlenecks have no trained norms.")
+    places, left_out = _placed(adapter, sites, lambda site: _PLACES.get(site.role))
+    method = _common(adapter, width=0, reduction=1.0)
     settings = {
         **_DEFAULTS,
-        "mh_adapter": "attention_output" in roles,
-        "output_adapter": "ffn_output" in roles,
-        "cross_adapter": "cross_attention_output" in roles,
-        "reduction_factor": method.reduction
-        if not method.width
-        else next(iter(adapter.sites.values())).width / method.width,
+        **{place: place in places for place in _PLACES.values()},
+        "leave_out": left_out,
+        "reduction_factor": _reduction(adapter, sites),
         "non_linearity": method.activation,
         "is_parallel": method.reads == "residual",
         "original_ln_before": method.reads == "normed",
@@ -211,12 +206,98 @@ def written(adapter: Adapter) -> dict[str, Any]:
     }
     if isinstance(method, Bottleneck):
         starts = {ours: theirs for theirs, ours in _STARTS.items()}
-        scaling = "learned" if method.learned_scale else method.scale
-        return settings | {"scaling": scaling, "init_weights": starts[method.start]}
-    return settings | {
-        "scaling": method.scale, "phm_layer": True, "phm_dim": method.n, "factorized_phm_W": bool(method.rank),
-        "phm_rank": method.rank or 1, "shared_phm_rule": method.shared_rule,
+        scaling = "learned" if method.learned_scale else float(method.scale)
+        settings |= {"scaling": scaling, "init_weights": starts[method.start]}
+    else:
+        settings |= {
+            "scaling": float(method.scale), "phm_layer": True, "phm_dim": method.n, "phm_rank": method.rank or 1,
+            "factorized_phm_W": bool(method.rank), "shared_phm_rule": method.shared_rule,
+        }  # fmt: skip
+    bottleneck(settings, kind)  # what can't be read on this base is not written either
+    return settings
+
+
+def _written_lora(adapter: Adapter, sites: Sequence[Site], kind: str) -> dict[str, Any]:
+    method = _common(adapter)
+    assert isinstance(method, LoRA)
+    if method.dora or method.rslora:
+        raise InfuseError("AdapterHub's LoRA has neither rsLoRA nor PEFT's DoRA.")
+    places, left_out = _placed(adapter, sites, lambda site: _lora_place(site, kind))
+    matrices = [m for m in "qkv" if m in places]
+    return {
+        **_LORA, "r": method.rank, "alpha": method.alpha, "dropout": method.dropout, "init_weights": "lora",
+        "leave_out": left_out, "attn_matrices": matrices, "selfattn_lora": bool(matrices),
+        "intermediate_lora": "intermediate_lora" in places, "output_lora": "output_lora" in places,
+        "use_gating": False, "dtype": None, "use_dora": False, "vera_d": None, "vera_b": None,
     }  # fmt: skip
 
 
-_LORA_ROLES = {"query", "key", "value", "cross_query", "cross_key", "cross_value", "ffn_up", "ffn_output"}
+# Role → the switch in the config that puts a bottleneck there, and the switch or letter that puts LoRA there.
+_PLACES = {"attention_output": "mh_adapter", "cross_attention_output": "cross_adapter", "ffn_output": "output_adapter"}
+_LORA_PLACES = {
+    "query": "q", "key": "k", "value": "v", "ffn_up": "intermediate_lora", "gate_up": "intermediate_lora",
+    "ffn_output": "output_lora",
+}  # fmt: skip
+
+
+def _lora_place(site: Site, kind: str) -> str | None:
+    place = _LORA_PLACES.get(site.role.removeprefix("cross_"))
+    if place in ("q", "k", "v"):
+        return place
+    if kind in ("llama", "mistral"):  # the library has exchanged the two there
+        place = {"intermediate_lora": "output_lora", "output_lora": "intermediate_lora"}.get(place or "")
+    return place if site.whole else None
+
+
+def _placed(
+    adapter: Adapter, sites: Sequence[Site], place: Callable[[Site], str | None]
+) -> tuple[set[str | None], list[int]]:
+    """The places that an adapter takes, and the layers to leave out: in all others the library fills these places."""
+    own = adapter.sites.values()
+    places, kept = {place(site) for site in own}, {(site.stack, site.layer) for site in own}
+    if None in places:
+        lacking = dict.fromkeys(site.role for site in own if place(site) is None)
+        raise InfuseError(f"AdapterHub's {type(adapter.method).__name__} has no place at {listed(lacking)}.")
+    made = [s.name for s in sites if place(s) in places and (s.stack, s.layer) in kept]
+    if lost := [name for name in made if name not in adapter.sites]:
+        raise InfuseError(
+            f"AdapterHub's files adapt the same modules in each of their layers; this adapter lacks {listed(lost, 3)}."
+        )
+    return places, [number for layer, number in _numbers(sites).items() if layer not in kept]
+
+
+def _numbers(sites: Sequence[Site]) -> dict[tuple[str, int], int]:
+    """Layer → its number in the library, which counts a decoder's layers after the encoder's."""
+    return {layer: i for i, layer in enumerate(dict.fromkeys((site.stack, site.layer) for site in sites))}
+
+
+def _common(adapter: Adapter, **free: Any) -> Any:
+    """The method of all deltas, ``free`` settings set aside: the library's config has one value of all others."""
+    methods = [replace(adapter.method_at(site), roles=(), **free) for site in adapter.sites.values()]
+    names = [f.name for f in fields(methods[0]) if len({getattr(method, f.name) for method in methods}) > 1]
+    if names:
+        raise InfuseError(
+            f"AdapterHub's files hold one value of each setting, but this adapter has several of {listed(names)}."
+        )
+    return methods[0]
+
+
+def _reduction(adapter: Adapter, sites: Sequence[Site]) -> float | dict[str, float]:
+    """``reduction_factor``: one number, or one per layer."""
+    numbers = _numbers(sites)
+    factors: dict[str, float] = {}
+    for site in adapter.sites.values():
+        factor = _factor(adapter.method_at(site), site)
+        if factors.setdefault(str(numbers[site.stack, site.layer]), factor) != factor:
+            raise InfuseError(
+                f"AdapterHub's bottlenecks in one layer are equally wide, which those in layer {site.layer} are not."
+            )
+    return factors if len(set(factors.values())) > 1 else next(iter(factors.values()))
+
+
+def _factor(method: Any, site: Site) -> float:
+    """What the library divides by, and rounds down, to get the method's width."""
+    if not method.width:
+        return method.reduction
+    exact = site.width / method.width
+    return exact if int(site.width // exact) == method.width else site.width / (method.width + 0.5)
