@@ -396,6 +396,44 @@ def test_a_file_that_cannot_be_read(server, folder, monkeypatch):
     until(lambda: server.classify("cyd", "hello").status == 200)
 
 
+@pytest.fixture
+def closed(monkeypatch):
+    """Folders that can't be entered; simulated, because root may enter all."""
+    folders, real = set(), os.stat
+
+    def stat(path, **more):
+        if not isinstance(path, int) and folders & set(Path(os.fsdecode(path)).parents):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+    return folders
+
+
+def test_a_folder_that_cannot_be_entered_hurts_nobody_else(server, folder, shelf, closed):
+    before = server.classify("ada", "hello").json
+    closed |= {folder / "lost+found", folder / "ada"}
+    (folder / "lost+found").mkdir()
+    shutil.copytree(shelf / "other ada", folder / "new")
+    becomes(server, "new", "ready")
+    assert "can't be read" in becomes(server, "lost+found", "broken")["error"]
+    assert server.classify("lost+found", "hello").status == 409
+    assert server.classify("ada", "hello").json == before
+    closed.clear()
+    until(lambda: state(server, "lost+found")["status"] is None)
+    assert server.classify("lost+found", "hello").status == 404
+
+
+def test_a_start_over_folders_that_cannot_be_entered(folder, base, closed):
+    closed.add(folder / NAMES[0])
+    model = open_model(ServeConfig(folder))
+    assert model.about.name == base.name and model.close()
+    for each in (folder, folder.parent):
+        closed.add(each)
+        with pytest.raises(InfuseError, match=r"adapters can't be read \(Permission denied\)"):
+            open_model(ServeConfig(folder))
+
+
 def test_withdrawing_while_it_is_loaded(folder, base):
     """A load that ends after the withdrawal brings nothing back."""
     with Inside(folder, base, watch=0) as server:

@@ -98,11 +98,18 @@ def open_model(config: ServeConfig) -> Apart:
     """Load the base that the folder's adapters share, in a process of its own.
 
     Raises:
-        InfuseError: settings that can't work; no base is given and no adapter says which one.
+        InfuseError: settings that can't work; a folder that can't be read; no base is given and no adapter says
+            which one.
     """
-    config.check()
+    try:
+        config.check()
+        present = list(files.find(config.folder))
+    except OSError as error:
+        raise InfuseError(
+            f"The folder {config.folder} can't be read ({error.strerror}); mend its permissions."
+        ) from None
     sound: list[Facts] = []
-    for _, folder, _ in files.find(config.folder):
+    for _, folder, _ in present:
         try:
             sound.append(files.facts(files.read(folder), None))
         except InfuseError:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -77,13 +78,28 @@ def valid(name: str) -> bool:
 
 
 def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp]]:
-    """Name, folder and stamp of every adapter in ``root`` (or of one); runs that still train are left out."""
+    """Name, folder and stamp of every adapter in ``root`` (or of one); runs that still train are left out.
+
+    A folder that can't be entered may be an adapter's: :func:`read` says what is wrong with it.
+
+    Raises:
+        OSError: the root itself can't be read.
+    """
     for child in [root / name] if name is not None else sorted(root.iterdir()):
-        if not valid(child.name) or not child.is_dir() or (child / CHECKPOINTS).exists():
+        if not valid(child.name):
             continue
-        folder = child / ADAPTER if (child / ADAPTER).is_dir() else child
-        if (folder / WEIGHTS).is_file():
-            yield child.name, folder, stamp(folder)
+        folder = child
+        try:
+            if not child.is_dir() or (child / CHECKPOINTS).exists():
+                continue
+            folder = child / ADAPTER if (child / ADAPTER).is_dir() else child
+            if not S_ISREG(os.stat(folder / WEIGHTS).st_mode):
+                continue
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError:
+            child.lstat()  # fails if it is the root that can't be entered, which tells nothing of its children
+        yield child.name, folder, stamp(folder)
 
 
 def stamp(folder: Path) -> Stamp:
