@@ -391,6 +391,22 @@ def test_predict_sends_many_texts_in_parts(server, capsys, monkeypatch):
     assert [text for _, _, body, _ in server.asked for text in body["texts"]] == texts
 
 
+def test_predict_sends_less_where_a_part_is_too_much(server, monkeypatch):
+    def limited(item):
+        size = len(json.dumps(item))
+        return (413, {"error": "A body may hold 4,000 bytes."}) if size > 4000 else classify(item)
+
+    classify = server.classify
+    monkeypatch.setattr(server, "classify", limited)
+    texts = ["short"] * 100 + ["漢字" * 50] * 100 + ["last"]
+    assert len(client.predict(server.url, "out", texts)) == 201
+    sent = [body["texts"] for _, _, body, _ in server.asked if len(json.dumps(body)) <= 4000]
+    assert [text for part in sent for text in part] == texts
+    with pytest.raises(ServerError, match=r"^Text 202 of 202: A body may hold 4,000 bytes\.$") as refused:
+        client.predict(server.url, "out", [*texts, "long " * 1000])
+    assert refused.value.status == 413
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -30,7 +30,7 @@ _AGAIN = (408, 429, 503)
 """Statuses that may be another the next time; every request of the contract may be repeated without harm."""
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
 _PART = 64
-"""Texts in one request of :func:`predict`, below the limits of any sensible server."""
+"""Texts in one request of :func:`predict`; fewer where the server says that they are too much."""
 
 
 class ServerError(InfuseError):
@@ -243,10 +243,24 @@ class AsyncClient:
 
 
 def predict(url: str, adapter: str, texts: Sequence[str], top_k: int = 1) -> list[Answer]:
-    """The answers of a served adapter for any number of texts, in as many requests as it takes."""
+    """The answers of a served adapter for any number of texts, in as many requests as it takes.
+
+    Raises:
+        InfuseError: as of :class:`Client`; what the server says of one text comes with its number, from 1.
+    """
+    given, answers, size = _item(adapter, texts)["texts"], [], _PART
     with Client(url) as client:
-        parts = (texts[i : i + _PART] for i in range(0, len(texts), _PART))
-        return [answer for part in parts for answer in client.classify(adapter, part, top_k).answers]
+        while len(answers) < len(given):
+            part = given[len(answers) : len(answers) + size]
+            try:
+                answers += client.classify(adapter, part, top_k).answers
+            except ServerError as error:
+                if error.status not in (413, 422) or len(given) == 1:
+                    raise
+                if len(part) == 1:
+                    raise ServerError(f"Text {len(answers) + 1} of {len(given)}: {error}", error.status) from None
+                size = len(part) // 2  # too much at once; or one of them can't be labelled, and will be alone
+    return answers
 
 
 # What to send, and how an answer is read
