@@ -407,6 +407,13 @@ def test_predict_sends_less_where_a_part_is_too_much(server, monkeypatch):
     assert refused.value.status == 413
 
 
+@pytest.mark.parametrize("blank", ["", " \t"])
+def test_predict_names_a_blank_text_before_it_sends_any(server, blank):
+    with pytest.raises(InfuseError, match=r"^Text 117 of 120 is blank"):
+        client.predict(server.url, "out", ["text"] * 116 + [blank] * 2 + ["text"] * 2)
+    assert server.asked == []
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

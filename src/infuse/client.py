@@ -246,9 +246,12 @@ def predict(url: str, adapter: str, texts: Sequence[str], top_k: int = 1) -> lis
     """The answers of a served adapter for any number of texts, in as many requests as it takes.
 
     Raises:
-        InfuseError: as of :class:`Client`; what the server says of one text comes with its number, from 1.
+        InfuseError: as of :class:`Client`; what is wrong with one text comes with its number, from 1.
     """
     given, answers, size = _item(adapter, texts)["texts"], [], _PART
+    blank = next((i for i, text in enumerate(given, 1) if not text.strip()), None)
+    if blank is not None:  # before anything is sent
+        raise InfuseError(f"Text {blank} of {len(given)} is blank: fill or leave it out.")
     with Client(url) as client:
         while len(answers) < len(given):
             part = given[len(answers) : len(answers) + size]
