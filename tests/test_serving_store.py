@@ -235,6 +235,11 @@ def test_runs_that_still_train_are_left_out(server, folder, shelf):
     (run / "checkpoints").mkdir()
     becomes(server, "ada", "ready")
     assert server.classify("run", "hello").status == 404
+    content, before = (shelf / "other bob" / WEIGHTS).read_bytes(), (run / "adapter" / WEIGHTS).read_bytes()
+    sent = server.ask("POST", "/v1/adapters/run", content, TOKEN)
+    assert sent.status == 409 and "has not ended" in sent.error
+    assert sorted(os.listdir(run)) == ["adapter", "checkpoints"]
+    assert (run / "adapter" / WEIGHTS).read_bytes() == before
     (run / "checkpoints").rmdir()
     until(lambda: server.classify("run", "hello").status == 200)
 
@@ -325,6 +330,12 @@ def test_an_adapter_that_is_sent_is_written_as_it_was_saved(server, folder, base
     for name in ("new", "new", "ada"):
         assert server.ask("POST", f"/v1/adapters/{name}", saved[WEIGHTS], TOKEN).status == 200
         assert {path.name: path.read_bytes() for path in (folder / name).iterdir()} == saved
+def test_installing_into_a_run_that_no_look_has_found_yet(folder, base, shelf):
+    with Inside(folder, base, watch=0) as server:
+        shutil.copytree(shelf / "ada", folder / "run" / "adapter")
+        content = (shelf / "other bob" / WEIGHTS).read_bytes()
+        told = server.ask("POST", "/v1/adapters/run", content, TOKEN).json
+        assert told["labels"][0].startswith("other bob") and os.listdir(folder / "run") == ["adapter"]
 
 
 def test_a_file_beyond_the_limit_is_not_installed(folder, base, shelf):

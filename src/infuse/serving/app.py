@@ -44,7 +44,8 @@ _ADMIN: dict[int | str, dict[str, Any]] = {
     401: {"model": schema.Error, "description": "No token, or a wrong one."},
     403: {"model": schema.Error, "description": f"The server was started without {TOKEN}."},
     507: {"model": schema.Error, "description": "The file can't be written."},
-    **{status: _REFUSED[status] for status in (404, 408, 409, 413, 422, 503)},
+    409: {"model": schema.Error, "description": "The adapter's file can't be used, or its run has not ended."},
+    **{status: _REFUSED[status] for status in (404, 408, 413, 422, 503)},
 }
 Body = schema.Item | Annotated[list[schema.Item], Field(min_length=1, max_length=1000)]
 _bearer = HTTPBearer(auto_error=False, description=f"The token that the server was given in {TOKEN}.")

@@ -19,7 +19,7 @@ from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Head
 from infuse.method import make, spelled
 from infuse.model import Base, check_name, detach, store_of
-from infuse.training.members import ADAPTER, CHECKPOINTS
+from infuse.training.members import adapter_folder
 
 Stamp = tuple[tuple[int, int, int], ...]
 """Inode, time of change and size of an adapter's files: when these are the same, so is the content."""
@@ -90,12 +90,10 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
             continue
         folder = child
         try:
-            if not child.is_dir() or (child / CHECKPOINTS).exists():
-                continue
-            folder = child / ADAPTER if (child / ADAPTER).is_dir() else child
+            folder = adapter_folder(child)
             if not S_ISREG(os.stat(folder / WEIGHTS).st_mode):
                 continue
-        except (FileNotFoundError, NotADirectoryError):
+        except (InfuseError, FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
             child.lstat()  # fails if it is the root that can't be entered, which tells nothing of its children

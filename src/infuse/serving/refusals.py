@@ -25,6 +25,10 @@ def unusable(name: str, reason: str) -> RefusedError:
     return RefusedError(409, f"Adapter {name!r} can't be used: {reason}")
 
 
+def training(name: str) -> RefusedError:
+    return RefusedError(409, f"{name!r} is a run that has not ended; send the adapter when it has, or by another name.")
+
+
 def full(waiting: int, seconds: float) -> RefusedError:
     after = max(1, round(seconds))
     return RefusedError(429, f"{waiting} texts are waiting already; try again in {after} s.", after)

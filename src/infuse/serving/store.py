@@ -17,6 +17,7 @@ from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts, File, Stamp
 from infuse.serving.model import Model
+from infuse.training.members import adapter_folder
 
 log = logging.getLogger("infuse.serving")
 
@@ -149,10 +150,10 @@ class Store:
         """Check the content of an adapter's file, write it into the folder, and serve it.
 
         Raises:
-            RefusedError: it is no sound adapter for this base (422), or can't be written (507).
+            RefusedError: it is no sound adapter for this base (422), can't be written (507), or the folder is a run
+                that still trains (409).
         """
-        entry = self.entries.get(name)
-        folder = entry.folder if entry else self.root / name
+        folder = await asyncio.to_thread(self._place, name)
         try:
             file, found = await asyncio.to_thread(self._sound, folder, content)
             inner = f"served {next(self.numbers)}"
@@ -167,6 +168,15 @@ class Store:
         except (OSError, InfuseError) as error:
             raise refusals.RefusedError(507, f"The adapter can't be written: {error}") from None
         return await self.load(name)
+
+    def _place(self, name: str) -> Path:
+        """The folder of an adapter's file, there or not."""
+        try:
+            return adapter_folder(self.root / name)
+        except InfuseError:
+            raise refusals.training(name) from None
+        except OSError as error:
+            raise refusals.RefusedError(507, f"The adapter can't be written: {error.strerror}.") from None
 
     def _sound(self, folder: Path, content: bytes) -> tuple[File, Facts]:
         file = File(folder / WEIGHTS, content, files.facts_of(content, Path("the body")))
