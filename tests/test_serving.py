@@ -189,6 +189,14 @@ def test_without_a_token_nobody_is_the_admin(tiny_base, shelf):
             assert server.ask("DELETE", "/v1/adapters/strict", token=token).status == 403
 
 
+@pytest.mark.parametrize("token", ["tök", "\udcff", "to\tken"])
+def test_a_token_that_no_header_can_carry_is_refused_at_the_start(shelf, monkeypatch, token):
+    monkeypatch.setenv("INFUSE_ADMIN_TOKEN", token)
+    monkeypatch.setattr("infuse.serving.engine.open_model", lambda config: pytest.fail("too late"))
+    with pytest.raises(InfuseError, match="INFUSE_ADMIN_TOKEN may hold printable ASCII"):
+        serve(ServeConfig(shelf[0]))
+
+
 def test_small_routes(server):
     assert server.ask("GET", "/healthz").json == {"status": "alive"}
     assert server.ask("GET", "/readyz").json == {"status": "ready"}

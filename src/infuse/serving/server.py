@@ -1,7 +1,6 @@
 """The process: binds its address, serves until it is told to stop, and answers what is in flight."""
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -11,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from infuse.errors import InfuseError
-from infuse.serving.settings import TOKEN, ServeConfig
+from infuse.serving.settings import ServeConfig, admin_token
 
 if TYPE_CHECKING:
     from infuse.serving.model import Apart
@@ -21,7 +20,7 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     """Serve until SIGTERM or Ctrl-C.
 
     Raises:
-        InfuseError: settings that can't work, an address that is taken, a base that can't be loaded.
+        InfuseError: settings or a token that can't work, an address that is taken, a base that can't be loaded.
     """
     missing = [name for name in ("fastapi", "uvicorn", "httptools", "prometheus_client") if find_spec(name) is None]
     if missing:
@@ -29,9 +28,10 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     from infuse.serving.engine import open_model
 
     logging.getLogger("infuse.serving").setLevel(logging.INFO)
+    token = admin_token()
     model = open_model(config)
     try:
-        _serve(config, model, say)
+        _serve(config, model, token, say)
     finally:
         lived = model.close()
     if not lived:
@@ -39,7 +39,7 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
         sys.exit(1)
 
 
-def _serve(config: ServeConfig, model: "Apart", say: Callable[[str], None]) -> None:
+def _serve(config: ServeConfig, model: "Apart", token: str | None, say: Callable[[str], None]) -> None:
     import uvicorn
 
     from infuse.serving.app import create_app
@@ -47,7 +47,7 @@ def _serve(config: ServeConfig, model: "Apart", say: Callable[[str], None]) -> N
 
     bound = _bind(config.host, config.port)
     host, port = bound.getsockname()[:2]
-    app = create_app(Engine(config, model), os.environ.get(TOKEN) or None)
+    app = create_app(Engine(config, model), token)
     server = uvicorn.Server(uvicorn_config(config, app))
     if threading.current_thread() is threading.main_thread():
         # uvicorn raises the signal again once all is answered: an end that was asked for is no failure.

@@ -1,5 +1,6 @@
 """The settings of a server."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,18 @@ from infuse.training.settings import check_kinds
 
 TOKEN = "INFUSE_ADMIN_TOKEN"
 """The environment variable with the token that loading and unloading ask for."""
+
+
+def admin_token() -> str | None:
+    """The token in the environment, if there is one.
+
+    Raises:
+        InfuseError: no header could carry it, so that nobody would ever be the admin.
+    """
+    token = os.environ.get(TOKEN) or None
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise InfuseError(f"The token in {TOKEN} may hold printable ASCII characters only; choose another.")
+    return token
 
 
 @dataclass
