@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -23,7 +24,7 @@ from hostile import Case, cases
 from running import TOKEN, Inside, Running, read, request, until
 from serving import fill, write
 
-from infuse.bases import load_base
+from infuse.bases import load_base, tokenizer_of
 from infuse.cli import main
 from infuse.errors import InfuseError
 from infuse.serving import files
@@ -173,6 +174,20 @@ def test_sigint_and_time_that_is_over(shelf, tiny_base, tmp_path):
         thread.join(20)
         assert got[0].status == 503 and got[0].headers["retry-after"] and "stopping" in got[0].error
         until(lambda: not Path(f"/proc/{model}").exists())
+
+
+def test_sigint_while_it_starts(tiny_base, monkeypatch):
+    """Ctrl-C reaches both processes: that of the model, still at its imports, leaves the end to the server."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    def interrupted(name):
+        (child,) = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGINT)
+        return tokenizer_of(name)
+
+    monkeypatch.setattr("infuse.serving.model.tokenizer_of", interrupted)
+    assert Apart(str(tiny_base), "fp32").close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
 
 
 def test_the_server_ends_when_its_model_has(shelf, tiny_base, tmp_path):

@@ -3,7 +3,7 @@
 import signal
 import traceback
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
@@ -97,7 +97,12 @@ class Apart:
         context = get_context("spawn")  # a fork would copy the locks of torch's threads as they happen to be
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, name, precision, threads), daemon=True)
-        self.process.start()
+        resource_tracker.ensure_running()  # or its own start, a part of the next one, would undo the mask
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for the server alone
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         try:
             self.tokenizer = tokenizer_of(name)
