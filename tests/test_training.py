@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import BertModel, TrainerCallback
 
 import infuse
 from infuse import InfuseError
@@ -134,6 +134,15 @@ def test_seeds_repeat_bit_for_bit(tiny_base, rows):
         weights(fitted(tiny_base, rows, replace(settings, seed=seed))[1].adapter) for seed in (1, 1, 2)
     )
     assert same(first, again) and not same(first, other)
+
+
+def test_a_head_on_weights_that_the_checkpoint_lacks_is_refused(tiny_base, tmp_path):
+    base = load_base(str(tiny_base))
+    BertModel.from_pretrained(tiny_base, add_pooling_layer=False).save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InfuseError, match=r"no weights of bert\.pooler\.dense.*: use the head cosine or linear"):
+        load_base(str(tmp_path), labels=3)
+    assert load_base(str(tmp_path)).width == base.width
 
 
 def test_class_weights():

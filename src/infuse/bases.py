@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
+from infuse.adapter import classification_head
 from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 from infuse.heads import POOLINGS
 from infuse.precision import dtype_of
 
@@ -89,7 +90,8 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         pooling: ``auto`` takes what a sentence-transformers folder says, else mean for encoders and last for decoders.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where it is faster here.
     Raises:
-        InfuseError: the base is not there, not readable, or the hub is out of reach.
+        InfuseError: the base is not there, not readable, or the hub is out of reach; or, with ``labels``, it lacks
+            weights below the head.
     """
     keep_freed_memory()
     source, dtype = locate(name), dtype_of(precision)
@@ -106,7 +108,7 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
             extra["num_labels"] = labels
         else:
             auto = _encoding(config)
-        model = auto.from_pretrained(source, **extra)
+        model, found = auto.from_pretrained(source, output_loading_info=True, **extra)
         choose(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InfuseError(_why(name, error)) from None
@@ -114,6 +116,8 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+    if labels is not None:
+        _refuse_random(name, model, found["missing_keys"])
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     known = ALIASES.get(name, name)
@@ -122,6 +126,17 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
     if how not in POOLINGS:
         raise InfuseError(f"Unknown pooling {how!r}; choose from {', '.join(POOLINGS)}.")
     return BaseModel(name, model.eval(), tokenizer, how, _width(config))
+
+
+def _refuse_random(name: str, model: nn.Module, missing: Iterable[str]) -> None:
+    """Only the head is trained and saved: what else a checkpoint lacks would be drawn anew by every load."""
+    head = classification_head(model)
+    lost = {key.rpartition(".")[0] for key in missing if key.partition(".")[0] not in head}
+    if lost:
+        raise InfuseError(
+            f"The base {name!r} has no weights of {listed(sorted(lost))}, which its own classification head (hf) "
+            "builds on: use the head cosine or linear."
+        )
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
