@@ -25,7 +25,7 @@ def measure(base: str, train: Rows, validation: Rows, settings: Settings) -> dic
     """Accuracy and macro-F1 of the best epoch in percent, seconds, and trained parameters in percent of the base."""
     count = len(train.label_set) if settings.head == "hf" else None
     precision = "fp32" if make(settings.method).unfreezes else settings.precision
-    loaded = load_base(base, labels=count, precision=precision)
+    loaded = load_base(base, labels=count, precision=precision, seed=settings.seed)
     start = time.perf_counter()
     fitted = fit(loaded, train, validation, settings)
     seconds = time.perf_counter() - start

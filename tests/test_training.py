@@ -136,6 +136,18 @@ def test_seeds_repeat_bit_for_bit(tiny_base, rows):
     assert same(first, again) and not same(first, other)
 
 
+def test_the_models_own_head_is_drawn_by_the_seed(tiny_base, toy, tmp_path):
+    def trained(name, seed):
+        torch.rand(1)
+        train(config(tiny_base, toy, tmp_path / name, head="hf", epochs=1, seed=seed))
+        return outcome(tmp_path / name)[0]
+
+    first, again, other = trained("first", 1), trained("again", 1), trained("other", 2)
+    assert same(first, again) and not same(first, other)
+    heads = [load_base(str(tiny_base), labels=3, seed=seed).model.classifier.weight for seed in (1, 1, 2)]
+    assert torch.equal(*heads[:2]) and not torch.equal(*heads[1:])
+
+
 def test_a_head_on_weights_that_the_checkpoint_lacks_is_refused(tiny_base, tmp_path):
     base = load_base(str(tiny_base))
     BertModel.from_pretrained(tiny_base, add_pooling_layer=False).save_pretrained(tmp_path)

@@ -81,7 +81,9 @@ class BaseModel:
         return self.remembered[key]
 
 
-def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", precision: str = "fp32") -> BaseModel:
+def load_base(
+    name: str, *, labels: int | None = None, pooling: str = "auto", precision: str = "fp32", seed: int = 0
+) -> BaseModel:
     """Load a base model with its tokenizer, in eval mode.
 
     Args:
@@ -89,6 +91,7 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
         labels: if given, with the model's own classification head for so many labels.
         pooling: ``auto`` takes what a sentence-transformers folder says, else mean for encoders and last for decoders.
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where it is faster here.
+        seed: of the weights that a new head starts at; torch's global generator is left as it was.
     Raises:
         InfuseError: the base is not there, not readable, or the hub is out of reach; or, with ``labels``, it lacks
             weights below the head.
@@ -108,7 +111,9 @@ def load_base(name: str, *, labels: int | None = None, pooling: str = "auto", pr
             extra["num_labels"] = labels
         else:
             auto = _encoding(config)
-        model, found = auto.from_pretrained(source, output_loading_info=True, **extra)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(seed)
+            model, found = auto.from_pretrained(source, output_loading_info=True, **extra)
         choose(model)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InfuseError(_why(name, error)) from None

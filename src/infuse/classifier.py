@@ -93,7 +93,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         settings.check()
         count = len(rows.label_set) if self.head == "hf" else None
         precision = "fp32" if make(self.method).unfreezes else name_of(dtype_of(self.precision))
-        base = load_base(self.base, labels=count, pooling=self.pooling, precision=precision)
+        base = load_base(self.base, labels=count, pooling=self.pooling, precision=precision, seed=self.seed)
         fitted = fit(base, train, validation, settings, name=ADAPTER)
         fitted.adapter.info = {"run": {"base": self.base, "max_length": self.max_length, "precision": precision}}
         self._predictor = Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length)

@@ -142,7 +142,7 @@ def train(
     labels = splits.train.label_set
     precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
     count = len(labels) if config.head == "hf" else None
-    base = base or load_base(config.base, labels=count, pooling=config.pooling, precision=precision)
+    base = base or load_base(config.base, labels=count, pooling=config.pooling, precision=precision, seed=config.seed)
     for site in select(find_sites(base.model), method.roles, config.layers):
         method.check(site)
     members = load_members(base.model, config.members)
