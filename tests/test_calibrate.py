@@ -252,6 +252,16 @@ def test_by_default_the_runs_own_validation_rows(run, capsys):
     assert header(run / "adapter")["info"]["calibration"]["data"] == "the run's validation rows"
 
 
+def test_a_run_whose_data_has_changed_has_no_validation_rows(run, toy, tmp_path):
+    changed, settings = tmp_path / "changed.csv", run / "config.yaml"
+    changed.write_text(toy.read_text() + "where is my card,card_lost\n")
+    settings.write_text(settings.read_text().replace(str(toy), str(changed)))
+    with pytest.raises(InfuseError, match="changed since the run was trained"):
+        calibrate(CalibrateConfig(run))
+    amend(run / "adapter", head={}, info={"data_sha256": None})  # as a file of an earlier version
+    assert calibrate(CalibrateConfig(run)).rows == 30
+
+
 def test_out_of_scope_texts_are_answered_so(run, files, capsys):
     shown = here(capsys, "calibrate", run, "--data", files / "fresh.csv", "--out-of-scope", files / "outside.csv")
     facts = header(run / "adapter")

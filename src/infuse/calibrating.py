@@ -15,14 +15,14 @@ import tyro
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from infuse.checkpoint import amend
+from infuse.checkpoint import amend, header
 from infuse.data import Rows, load_splits, read
 from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
 from infuse.texts import logits, tokenize
 from infuse.training.members import adapter_folder
-from infuse.training.run import Predictor, open_run, settings_of
+from infuse.training.run import Predictor, digest_of, open_run, settings_of
 
 FEWEST = 20
 """Rows below which nothing is fitted: one of them would be more than the twentieth that is refused by default."""
@@ -213,6 +213,12 @@ def _rows(config: CalibrateConfig) -> Rows:
             raise InfuseError(f"{config.run} has no config.yaml to find its validation rows by: give --data.")
         names = ("validation", "test", "text", "label", "multi", "validation_fraction", "seed")
         splits, _ = load_splits(trained["data"], **{name: trained[name] for name in names if name in trained})
+        known = header(adapter_folder(config.run))["info"].get("data_sha256")  # runs of earlier versions have none
+        if known not in (None, digest_of(splits)):
+            raise InfuseError(
+                f"{trained['data']} has changed since the run was trained, so that its validation rows can't be told "
+                "from those it was trained on: give --data with other rows."
+            )
         rows = splits.validation
     else:
         same = "data" in trained and Path(config.data).resolve() == Path(trained["data"]).resolve()

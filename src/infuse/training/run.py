@@ -128,11 +128,12 @@ def train(
         )
     for warning in warnings:
         say(f"warning: {warning}")
-    digest, known = _digest(splits), folder / CHECKPOINTS / _DIGEST
+    digest, known = digest_of(splits), folder / CHECKPOINTS / _DIGEST
     if not config.overwrite:
         ended = json.loads((folder / _METRICS).read_text()) if _ended(folder) else {}
-        before = known.read_text() if known.exists() else ended.get("digest", digest)
-        if before != digest:
+        facts = header(folder / ADAPTER)["info"] if ended else {}
+        before = known.read_text() if known.exists() else facts.get("data_sha256")  # runs of earlier versions have none
+        if before not in (None, digest):
             raise InfuseError(
                 f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
             )
@@ -183,7 +184,6 @@ def train(
             "percent_of_base": round(100 * inside / counts.base, 4),
         },
         "rows": {name: len(rows) for name, rows in {"train": splits.train, **evaluated}.items()},
-        "digest": digest,
         "seconds": round(seconds, 1),
         "resumed": fitted.resumed,
         "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
@@ -200,6 +200,7 @@ def train(
         "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
         "metrics": {name: metrics[name] for name in evaluated},
         "data": config.data,
+        "data_sha256": digest,
     }
     write_model(base, method.unfreezes, folder)
     if members:
@@ -337,7 +338,8 @@ def _prepare(config: TrainConfig, keep: bool) -> Path:
     return folder
 
 
-def _digest(splits: Splits) -> str:
+def digest_of(splits: Splits) -> str:
+    """Of the rows that a run is trained and validated on."""
     rows = (splits.train, splits.validation)
     return hashlib.sha256(repr([(each.texts, each.labels) for each in rows]).encode()).hexdigest()
 
