@@ -242,6 +242,7 @@ def place(tmp_path, run, tiny_base, toy, monkeypatch):
     (tmp_path / "bare.csv").write_text("text,label\n")
     (tmp_path / "empty.csv").write_text("")
     (tmp_path / "latin.csv").write_bytes("text,label\ngröße,x\n".encode("latin-1"))
+    (tmp_path / "half.jsonl").write_text('{"text": "a b", "label": "x"}\n{"text": "a \\ud83d", "label": "y"}\n')
     (tmp_path / "data.xls").write_text("text,label\n")
     write_rows(tmp_path / "other.csv", ("card_lost", "cash_deposit"))
     (tmp_path / "full").mkdir()
@@ -268,6 +269,7 @@ TRAIN = {
     "--data bare.csv": "no rows",
     "--data empty.csv": "empty",
     "--data latin.csv": "UTF-8",
+    "--data half.jsonl": "not valid Unicode (row 2)",
     "--data data.xls": "no type",
     "--data full": "train.csv",
     "--text body": "no column 'body'",
@@ -344,6 +346,7 @@ OTHERS = {
     "predict {run}": "no text",
     "predict {run} --data bare.csv": "no text",
     "predict {run} --data {toy} --text body": "no column 'body'",
+    "predict {run} --data half.jsonl": "Text 2 ('a \\ud83d') is not valid Unicode",
     "predict {run} hello --data {toy}": "not both",
     "predict {run} hello --top-k 0": "top-k",
     "predict nowhere hello": "nowhere",
@@ -360,10 +363,10 @@ OTHERS = {
 }
 
 
-def refuse(arguments, message, capsys, monkeypatch):
+def refuse(arguments, message, capsys, monkeypatch, stdin=None):
     """Exit code 2, one sentence, and not a file more or less."""
     before = sorted(os.walk("."))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    monkeypatch.setattr(sys, "stdin", stdin or io.StringIO("\n"))
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     shown = capsys.readouterr()
@@ -389,6 +392,12 @@ def test_mistakes_in_yaml(place, content, message, capsys, monkeypatch):
 @pytest.mark.parametrize("arguments, message", OTHERS.items())
 def test_mistakes_elsewhere(place, arguments, message, capsys, monkeypatch):
     refuse(arguments.format(**place).split(), message, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale is UTF-8 or C
+def test_standard_input_that_is_not_utf8(place, errors, capsys, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO("my café card\n".encode("latin-1")), "utf-8", errors)
+    refuse(["predict", str(place["run"])], "UTF-8", capsys, monkeypatch, stdin)
 
 
 @pytest.mark.parametrize("arguments", ["", "tarin", "train --epochs three", "train --epoch 3", "train --head big",

@@ -42,6 +42,8 @@ def test_good_data_has_no_warnings():
         ),
         (Splits(single(("x", "a"), ("\u00a0", "b")), GOOD), ["1 text in train is empty (row 2): remove or fill it."]),
         (Splits(single(*[("", "a")] * 15), GOOD), ["15 texts", "(15 in all)"]),
+        (Splits(single(("x", "a"), ("\ud83d", "b")), GOOD), ["1 text in train is not valid Unicode (row 2)"]),
+        (Splits(TRAIN, single(("x", "a\udcff"))), ["1 label in validation is not valid Unicode (row 1)"]),
         (Splits(TRAIN, single(("x", ""))), ["1 label in validation is empty (row 1)"]),
         (Splits(Rows(("x", "y"), (("a",), ("",))), GOOD), ["1 label in train is empty (row 2)"]),
         (Splits(TRAIN, single(("x", "c"), ("y", "d"))), ["2 labels of validation do not occur in train (c, d)"]),

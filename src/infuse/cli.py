@@ -128,7 +128,10 @@ def _predict(config: PredictConfig) -> None:
     if config.data:
         texts = read(config.data, text=config.text, labelled=False).texts
     elif not texts:
-        texts = tuple(line.strip() for line in sys.stdin if line.strip())
+        try:
+            texts = tuple(line.strip() for line in sys.stdin if line.strip())
+        except UnicodeDecodeError:
+            raise InfuseError("Standard input is not UTF-8 text: give it in the encoding UTF-8.") from None
     if not texts:
         raise InfuseError("There is no text to label: give texts as arguments, by --data FILE, or on standard input.")
     if config.url is not None:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from infuse.bases import BaseModel
+from infuse.data.check import is_unicode
+from infuse.errors import InfuseError
 from infuse.heads import apply, head_of, pool
 from infuse.model import route
 from infuse.sites import model_type
@@ -23,6 +25,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_lengt
     """Token ids of every text, special tokens included, cut at ``max_length``."""
     if not texts:
         return []
+    for number, text in enumerate(texts, 1):
+        if not is_unicode(text):
+            raise InfuseError(f"Text {number} ({text[:40]!r}) is not valid Unicode: give it as UTF-8, or leave it out.")
     limit = min(max_length, tokenizer.model_max_length)
     encoded: Any = tokenizer(list(texts), truncation=True, max_length=limit, verbose=False)
     return encoded["input_ids"]

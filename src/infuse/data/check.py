@@ -34,7 +34,7 @@ def check(splits: Splits) -> list[str]:
 
 
 def check_rows(rows: Rows, name: str) -> None:
-    """Raise InfuseError if ``rows``, called ``name`` in the message, lack rows, texts or labels.
+    """Raise InfuseError if ``rows``, called ``name`` in the message, lack rows, texts or labels, or aren't Unicode.
 
     Row numbers count from 1 and leave out a header.
     """
@@ -42,17 +42,32 @@ def check_rows(rows: Rows, name: str) -> None:
         raise InfuseError(f"{name} has no rows: give it at least one text with its label.")
     if rows.labels is None:
         raise InfuseError(f"{name} has no labels: give one for every text.")
-    empty = {
-        "text": [i for i, text in enumerate(rows.texts, 1) if not isinstance(text, str) or not text.strip()],
-        "label": [i for i, labels in enumerate(rows.label_sets(), 1) if not all(labels)],
-    }
-    for what, where in empty.items():
-        if where:
-            raise InfuseError(
-                f"{_count(len(where), what)} in {name} {_are(where)} empty "
-                f"({'row' if len(where) == 1 else 'rows'} {listed(where, 10)}): remove or fill "
-                f"{'it' if len(where) == 1 else 'them'}."
-            )
+    empty = (
+        ("text", (isinstance(text, str) and bool(text.strip()) for text in rows.texts)),
+        ("label", (all(labels) for labels in rows.label_sets())),
+    )
+    broken = (
+        ("text", (is_unicode(text) for text in rows.texts)),
+        ("label", (all(map(is_unicode, labels)) for labels in rows.label_sets())),
+    )
+    for how, mend, parts in (("empty", "fill", empty), ("not valid Unicode", "correct", broken)):
+        for what, good in parts:
+            where = [i for i, fine in enumerate(good, 1) if not fine]
+            if where:
+                raise InfuseError(
+                    f"{_count(len(where), what)} in {name} {_are(where)} {how} "
+                    f"({'row' if len(where) == 1 else 'rows'} {listed(where, 10)}): remove or {mend} "
+                    f"{'it' if len(where) == 1 else 'them'}."
+                )
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write a text: a lone surrogate is half a character, or a byte of another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_classes(train: Rows) -> None:
