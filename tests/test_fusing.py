@@ -44,6 +44,12 @@ def test_a_fusion_run_holds_its_members_and_heat_maps(runs):
     assert open_run(fused).labels == tuple(sorted(LABELS))
 
 
+def test_a_fusion_is_repeated_by_its_own_config(runs, tmp_path):
+    main(["fuse", "--config", str(runs / "fused" / "config.yaml"), "--out", str(tmp_path / "again")])
+    one, two = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (runs / "fused", tmp_path / "again"))
+    assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 def test_members_keep_their_answers(runs):
     texts = ["my card is gone", "how do I get a statement"]
     before = open_run(runs / "left").probabilities(texts)

@@ -47,7 +47,7 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
 
     Members that an interrupted command has finished are taken as they are.
     """
-    members = list(config.runs)
+    members = [*config.members, *config.runs]  # a fusion's own config.yaml tells all of them as members
     out = config.folder()
     for source in config.member_data:
         folder = out.parent / f"{out.name}-{Path(source).stem}"

@@ -71,7 +71,7 @@ class TrainConfig(Settings):
     baseline: bool = True
     """Fit logistic regression on frozen features as the number to beat."""
     members: tuple[Path, ...] = ()
-    """Run folders (or adapters) to fuse, with method: fusion; infuse fuse takes them as arguments."""
+    """Run folders (or adapters) to fuse, with method: fusion; infuse fuse takes them as arguments too."""
     overwrite: bool = False
     """Replace what the run folder holds."""
 
