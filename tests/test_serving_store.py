@@ -330,6 +330,8 @@ def test_an_adapter_that_is_sent_is_written_as_it_was_saved(server, folder, base
     for name in ("new", "new", "ada"):
         assert server.ask("POST", f"/v1/adapters/{name}", saved[WEIGHTS], TOKEN).status == 200
         assert {path.name: path.read_bytes() for path in (folder / name).iterdir()} == saved
+
+
 def test_installing_into_a_run_that_no_look_has_found_yet(folder, base, shelf):
     with Inside(folder, base, watch=0) as server:
         shutil.copytree(shelf / "ada", folder / "run" / "adapter")

@@ -332,6 +332,8 @@ MISTAKES = {
     "--space '{seed: 4}'": "seed",
     "--space '{head: [hf,linear]}'": "hf",
     "--methods lora --space '{rank: [0,4]}'": "rank",
+    "--methods lora --space '{roles: [key,nonsense]}'": "the roles are",
+    "--space '{ia3: {roles: key+nose}}'": "the roles are",
     "--data nope.csv": "nope.csv",
     "--validation nope.csv": "nope.csv",
     "--out full": "other files",

@@ -111,9 +111,8 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     if isinstance(layers, Iterable) and not isinstance(layers, str):
         layers = list(layers)  # each stack asks for them
     present = {s.role for s in sites}
+    check_roles(roles)
     for role in roles:
-        if role not in ROLES:
-            raise InfuseError(f"Unknown role {role!r}; the roles are {listed(ROLES, 20)}.")
         if role not in present and f"cross_{role}" not in present:
             raise InfuseError(f"This model has no role {role!r}; it has {listed(r for r in ROLES if r in present)}.")
     if not roles:
@@ -135,6 +134,13 @@ def overlap(sites: Iterable[Site]) -> list[str]:
             return [before.name, site.name]
         last[site.module] = site
     return []
+
+
+def check_roles(roles: Iterable[str]) -> None:
+    """Raise :class:`InfuseError` for a role that no architecture has."""
+    for role in roles:
+        if role not in ROLES:
+            raise InfuseError(f"Unknown role {role!r}; the roles are {listed(ROLES, 20)}.")
 
 
 def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, make, settings, spelled
+from infuse.sites import check_roles
 from infuse.spaces import Choice, Log, Scalar, Search, Space, contains, ends, parse
 from infuse.training.settings import SPACE, Settings
 
@@ -105,7 +106,9 @@ def candidates(bases: Sequence[str], specs: Sequence[str], ranges: Mapping[str, 
     for name, method in methods.items():
         for key, search in spaces[name].items():
             for value in ends(search):  # a mistake should end the command, not every trial
-                _settings(method, {key: value}, held).check()
+                changed = _settings(method, {key: value}, held)
+                changed.check()
+                check_roles(make(changed.method).roles)
             if key == "head" and "hf" in ends(search):
                 raise InfuseError("The head hf belongs to the base that all trials share: tune with cosine or linear.")
     return Candidates(tuple(bases), methods, spaces, held)
