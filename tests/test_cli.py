@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import LABELS, write_rows
 from matplotlib import image
+from test_files import rewrite
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import infuse
@@ -387,6 +388,18 @@ def test_mistakes_in_yaml(place, content, message, capsys, monkeypatch):
         file.write(content.format())
     usual = f"train --config settings.yaml --data {place['toy']} --base {place['base']}"
     refuse(usual.split(), message, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("changes", [
+    {"head": {}}, {"head": {"kind": []}}, {"head": {"kind": "cosine", "labels": 3}}, {"info": {"run": [1]}},
+    {"info": {"run": {"max_length": "many"}}}, {"info": {"run": {"max_length": float("inf")}}},
+    {"info": {"run": {"max_length": 0}}}, {"info": {"run": {"precision": ["x"]}}}, {"info": {"run": {"base": 5}}},
+], ids=str)  # fmt: skip
+def test_headers_that_make_no_sense(run, changes, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    rewrite(tmp_path / "adapter", **changes)
+    monkeypatch.chdir(tmp_path)
+    refuse(["predict", "adapter", "hello"], "adapter", capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("arguments, message", OTHERS.items())

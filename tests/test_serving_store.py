@@ -87,6 +87,8 @@ HEADERS = {
     "nan": {"info": {"metrics": {"f1": float("nan")}}}, "surrogates": {"info": {"metrics": {"\ud800": 1}}},
     "too short texts": {"info": {"run": {"max_length": 0}}}, "no length": {"info": {"run": {"max_length": "x"}}},
     "endless texts": {"info": {"run": {"max_length": float("inf")}}},
+    "a listed run": {"info": {"run": [1]}}, "a numbered base": {"info": {"run": {"base": 5}}},
+    "a listed precision": {"info": {"run": {"precision": ["x"]}}}, "a head of numbers": {"head": {"labels": 3}},
     "many members": {"members": ["a", "a"]},
 }  # fmt: skip
 

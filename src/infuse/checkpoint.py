@@ -10,7 +10,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,35 @@ def facts_of(content: bytes, where: Path) -> dict[str, Any]:
     return _sound(lambda: _facts(metadata[HEADER]), where)
 
 
+@dataclass(frozen=True)
+class Setup:
+    """How texts reached an adapter in training: by which base, cut at how many tokens, in which number format."""
+
+    base: str
+    max_length: int = 128
+    precision: str = "fp32"
+
+
+def setup_of(facts: Mapping[str, Any], where: Path) -> Setup:
+    """The setup that the facts in a file tell; what else its info holds is free.
+
+    Raises:
+        InfuseError: they are no facts of a training.
+    """
+
+    def build() -> Setup:
+        told = {"base": facts["base"]["name"], **facts["info"].get("run", {})}
+        setup = Setup(**{f.name: told[f.name] for f in fields(Setup) if f.name in told})
+        if wrong := [f.name for f in fields(Setup) if type(getattr(setup, f.name)) is not f.type]:
+            raise TypeError(f"of the run's {listed(wrong)}")
+        return setup
+
+    setup = _sound(build, where)
+    if setup.max_length < 4:  # no room for a word between the special tokens
+        raise InfuseError(f"{where} cuts texts at {setup.max_length} tokens; train it with max_length 4 or more.")
+    return setup
+
+
 def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any]) -> None:
     """Replace facts about the head, and add to the info, in an Infuse file; its tensors stay bit for bit.
 
@@ -270,7 +299,9 @@ def _facts(text: str) -> dict[str, Any]:
         )
     facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
     facts["info"] = dict(facts["info"])
-    facts["head"] = None if facts["head"] is None else dict(facts["head"])
+    if facts["head"] is not None:
+        with torch.device("meta"):
+            facts["head"] = Head(**facts["head"]).settings()
     return facts
 
 

@@ -90,7 +90,7 @@ class Head(nn.Module):
             raise InfuseError(f"Unknown head {kind!r}; choose from {listed(HEADS)}.")
         if pooling not in POOLINGS:
             raise InfuseError(f"Unknown pooling {pooling!r}; choose from {listed(POOLINGS)}.")
-        self.kind, self.labels, self.width, self.pooling, self.multi = kind, tuple(labels), width, pooling, multi
+        self.kind, self.labels, self.width, self.pooling, self.multi = kind, tuple(labels), width, pooling, bool(multi)
         self.calibrate(temperature, threshold)
         if kind == "linear":
             self.weight = nn.Parameter(torch.zeros(len(labels), width))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from infuse.adapter import Adapter
-from infuse.checkpoint import attach_bundle, facts_of, read_content
+from infuse.checkpoint import attach_bundle, facts_of, read_content, setup_of
 from infuse.errors import InfuseError
 from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Head
@@ -159,23 +159,21 @@ def _facts(file: File, base: Base | None) -> Facts:
             f"it was trained on {trained['name']!r} ({trained['type']}), and this server runs "
             f"{base.name!r} ({base.type}); start another server for it."
         )
-    run = dict(info.get("run", {}))
+    setup = setup_of(file.facts, file.path)
     found = Facts(
         version=file.version,
         method=spelled(method),
         base=trained["name"],
         labels=tuple(map(str, head["labels"])),
-        multi=bool(head["multi"]),
+        multi=head["multi"],
         metrics=dict(info.get("metrics", {})),
         bytes=file.bytes,
-        temperature=float(head.get("temperature", 1.0)),
-        threshold=float(head.get("threshold", 0.0)),
-        max_length=int(run.get("max_length", 128)),
-        trained_on=str(run.get("base") or trained["name"]),
-        precision=str(run.get("precision", "fp32")),
+        temperature=head["temperature"],
+        threshold=head["threshold"],
+        max_length=setup.max_length,
+        trained_on=setup.base,
+        precision=setup.precision,
     )
-    if found.max_length < 4:  # no room for a word between the special tokens
-        raise InfuseError(f"its texts are cut at {found.max_length} tokens; train it with max_length 4 or more.")
     json.dumps(asdict(found), allow_nan=False, ensure_ascii=False).encode()
     return found
 

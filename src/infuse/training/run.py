@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainerCallback
 
 from infuse.bases import BaseModel, load_base
-from infuse.checkpoint import header, load, save
+from infuse.checkpoint import header, load, save, setup_of
 from infuse.data import Rows, Splits, load_splits
 from infuse.data.check import check_rows
 from infuse.errors import InfuseError, listed
@@ -258,18 +258,18 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
     facts = header(adapter)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {adapter} has no classification head; it can't label texts.")
-    run = facts["info"].get("run", {})
+    setup = setup_of(facts, adapter)
     own = folder / MODEL
-    name = base or (str(own) if own.is_dir() else run.get("base") or facts["base"]["name"])
+    name = base or (str(own) if own.is_dir() else setup.base)
     head = facts["head"]
     loaded = load_base(
         name,
         labels=len(head["labels"]) if head["kind"] == "hf" else None,
         pooling=head["pooling"],
-        precision=precision or run.get("precision", "fp32"),
+        precision=precision or setup.precision,
     )
     load(loaded.model, adapter, name=ADAPTER)
-    return Predictor(loaded, ADAPTER, tuple(head["labels"]), bool(head["multi"]), int(run.get("max_length", 128)))
+    return Predictor(loaded, ADAPTER, tuple(head["labels"]), head["multi"], setup.max_length)
 
 
 def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[dict[str, Any]]]:
