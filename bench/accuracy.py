@@ -1,8 +1,10 @@
 """Accuracy of the methods at their defaults on a labelled data set, beside logistic regression on the frozen base.
 
-    python bench/accuracy.py --data train.csv --validation validation.csv
+    python bench/accuracy.py --data train.csv --validation validation.csv              # several seeds
+    python bench/accuracy.py --data train.csv --validation validation.csv --folds 5    # all rows, each held out once
 
 Everything is as `infuse train` does it; the best epoch is chosen on the rows that are reported, as validation rows are.
+``gain`` is the accuracy above logistic regression on the same rows, with its standard deviation over the runs.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import time
 from typing import Any
 
 import torch
+from sklearn.model_selection import StratifiedKFold
 from timing import machine, table, write
 
 from infuse.bases import load_base
@@ -42,6 +45,16 @@ def measure(base: str, train: Rows, validation: Rows, settings: Settings) -> dic
     }
 
 
+def splits(options: argparse.Namespace) -> list[tuple[Rows, Rows]]:
+    """What each run trains on and is measured on: the same rows for every seed, or all rows, a fold a run."""
+    train, validation = read(options.data), read(options.validation)
+    if not options.folds:
+        return [(train, validation)] * options.seeds
+    rows = Rows(train.texts + validation.texts, (*train.labels, *validation.labels))  # type: ignore[misc]  # labelled
+    folds = StratifiedKFold(options.folds, shuffle=True, random_state=0).split(rows.texts, rows.labels)
+    return [(rows.take(rest.tolist()), rows.take(held_out.tolist())) for rest, held_out in folds]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True)
@@ -49,6 +62,7 @@ def main() -> None:
     parser.add_argument("--base", default="minilm")
     parser.add_argument("--methods", nargs="+", default=["ia3", "lora"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folds", type=int, default=0, help="cross-validation over both files' rows, a seed a fold")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="training settings off their default"
@@ -56,26 +70,30 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    train, validation = read(options.data), read(options.validation)
     changed = {name: _value(name, value) for name, _, value in (item.partition("=") for item in options.set)}
-    baseline = logistic_regression(load_base(options.base), train, {"validation": validation})["validation"]
-    rows: dict[str, dict[str, Any]] = {
-        "logistic regression": {"accuracy": 100 * baseline["accuracy"], "macro_f1": 100 * baseline["macro_f1"]}
-    }
+    pairs, base = splits(options), load_base(options.base)
+    baseline = [
+        {key: 100 * value for key, value in logistic_regression(base, train, {"held out": rows})["held out"].items()}
+        for train, rows in (pairs if options.folds else pairs[:1])
+    ]
+    table_rows: dict[str, dict[str, Any]] = {"logistic regression": _over(baseline)}
+    baseline = baseline if options.folds else baseline * len(pairs)
     runs: dict[str, list[dict[str, float]]] = {}
     for method in options.methods:
-        settings = [Settings(method=method, seed=seed, **changed) for seed in range(options.seeds)]
-        runs[method] = [measure(options.base, train, validation, each) for each in settings]
-        rows[method] = {key: _mean([run[key] for run in runs[method]]) for key in runs[method][0]}
-        rows[method]["gain"] = (
-            f"{statistics.mean(r['accuracy'] for r in runs[method]) - 100 * baseline['accuracy']:+.2f}"
-        )
-        print(method, [round(run["accuracy"], 2) for run in runs[method]], flush=True)
-    title = (
-        f"{options.base}, {len(train):,} rows to train on, {len(validation):,} to validate on, {options.seeds} seeds"
-    )
-    table(f"{title} ({machine()['processor']}, {options.threads} threads)", rows)
-    write(options.json, {"options": vars(options), "rows": rows, "runs": runs})
+        runs[method] = []
+        for seed, (train, rows) in enumerate(pairs):
+            run = measure(options.base, train, rows, Settings(method=method, seed=seed, **changed))
+            runs[method].append(run | {"gain": run["accuracy"] - baseline[seed]["accuracy"]})
+            print(method, seed, {key: round(value, 2) for key, value in runs[method][-1].items()}, flush=True)
+        table_rows[method] = _over(runs[method])
+    how = f"{options.folds} folds" if options.folds else f"{options.seeds} seeds"
+    title = f"{options.base}, {len(pairs[0][0]):,} rows to train on, {len(pairs[0][1]):,} held out, {how}"
+    table(f"{title} ({machine()['processor']}, {options.threads} threads)", table_rows)
+    write(options.json, {"options": vars(options), "rows": table_rows, "runs": runs, "baseline": baseline})
+
+
+def _over(runs: list[dict[str, float]]) -> dict[str, str]:
+    return {key: _mean([run[key] for run in runs]) for key in runs[0]}
 
 
 def _mean(values: list[float]) -> str:
