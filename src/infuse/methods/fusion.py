@@ -41,6 +41,7 @@ class Fusion(Mixer):
     stackable = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.adds not in ("", *SOURCES):
             raise InfuseError(f"Fusion's adds is empty or one of {', '.join(SOURCES)}.")
 
