@@ -236,7 +236,7 @@ def test_a_task_plus_its_negation_is_the_base():
     close(output(twin, batch, "nothing"), output(twin, batch, None))
 
 
-def test_stacked_scales_multiply_and_mix():
+def test_stacked_scales_multiply_and_mix(tmp_path):
     model, batch = trained("bert", IA3())
     infuse.stack(model, ["a", "b"], "both")
     product = infuse.attach(model, IA3(), "product")
@@ -247,6 +247,10 @@ def test_stacked_scales_multiply_and_mix():
     mixed = output(model, batch, ["both", None, "a"])
     for row, name in enumerate(["both", None, "a"]):
         close(mixed[row], output(model, batch, name)[row])
+    infuse.save(model, "both", tmp_path / "both")
+    fresh = tiny("bert")
+    infuse.load(fresh, tmp_path / "both")
+    assert torch.equal(output(fresh, batch), output(model, batch, "both"))
 
 
 def test_different_methods_do_not_combine():

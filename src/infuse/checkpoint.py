@@ -217,17 +217,10 @@ def _check_member(model: nn.Module, name: str, bundle: Bundle) -> None:
 
 
 def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
-    """A mixer's deltas where its members have theirs: AdapterHub's files hold some at every sublayer."""
-    store, deltas = store_of(model), []
-    for delta in bundle.deltas:
-        have = [m for m in bundle.members if delta[0].name in store[m].sites]
-        if have and have != bundle.members:
-            raise InfuseError(
-                f"The file mixes {listed(bundle.members)} at {delta[0].name}, where only {listed(have)} has a delta; "
-                "fuse adapters that have the same sites."
-            )
-        deltas += [delta] if have else []
-    return deltas or bundle.deltas  # without any, attaching says which member adds nothing
+    """A mixer's deltas where a member has one: AdapterHub's files hold some at every sublayer, used or not."""
+    store = store_of(model)
+    used = {site for member in bundle.members for site in store[member].sites}
+    return [delta for delta in bundle.deltas if delta[0].name in used] or bundle.deltas
 
 
 def header(path: str | Path) -> dict[str, Any]:
