@@ -393,6 +393,50 @@ def test_a_finished_run_is_replaced_only_if_asked(tiny_base, toy, tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("failure", [InfuseError("a text is bad"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("at", ["fit", "write_model"])
+def test_a_run_is_replaced_only_by_one_that_succeeds(tiny_base, toy, tmp_path, monkeypatch, failure, at):
+    settings = config(tiny_base, toy, tmp_path / "run", epochs=1)
+    train(settings)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def fails(*args, **options):
+        raise failure
+
+    with monkeypatch.context() as patch, pytest.raises(type(failure)):
+        patch.setattr(run, at, fails)
+        train(replace(settings, seed=1, overwrite=True))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("when", ["training", "writing", "replacing"])
+def test_a_replacement_that_is_killed_goes_on(tiny_base, toy, reference, tmp_path, monkeypatch, when):
+    settings = config(tiny_base, toy, tmp_path / "run")
+    train(replace(settings, epochs=1, seed=1))
+    old = outcome(tmp_path / "run")
+
+    def die(*args, **options):
+        raise KeyboardInterrupt
+
+    clear = run._clear
+    at = {
+        "training": (engine.AdapterTrainer, "_save_checkpoint", die),
+        "writing": (run, "_write_curves", die),
+        "replacing": (run, "_clear", lambda folder: (clear(folder), die())),
+    }
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*at[when])
+        train(replace(settings, overwrite=True))
+    if when != "replacing":
+        assert same(outcome(tmp_path / "run")[0], old[0])
+    with pytest.raises(InfuseError, match=r"other settings \(seed\)"):
+        train(replace(settings, seed=1))
+    assert train(settings).metrics["resumed"] == (when != "training")
+    assert_same_outcome(tmp_path / "run", reference)
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(reference))
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_advice(tiny_base, toy, tmp_path, monkeypatch):
     settings = config(tiny_base, toy, tmp_path / "run", epochs=2)
     loss = Head.loss

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +75,7 @@ class TrainConfig(Settings):
     members: tuple[Path, ...] = ()
     """Run folders (or adapters) to fuse, with method: fusion; infuse fuse takes them as arguments too."""
     overwrite: bool = False
-    """Replace what the run folder holds."""
+    """Replace what the run folder holds, once the new run has succeeded."""
 
     def folder(self) -> Path:
         if self.out is not None:
@@ -155,60 +157,49 @@ def train(
     baseline = None
     if config.baseline:
         baseline = logistic_regression(base, splits.train, evaluated, config.max_length)
-    if config.overwrite:
-        _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(as_yaml(config))
-    known.parent.mkdir(exist_ok=True)
-    known.write_text(digest)
-    started = time.perf_counter()
-    try:
+    with _staged(config, digest) as new:
+        started = time.perf_counter()
         fitted = fit(
             base, splits.train, splits.validation, config,
             name=ADAPTER, checkpoints=folder / CHECKPOINTS, callbacks=callbacks, members=members,
         )  # fmt: skip
-    except InfuseError:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # other settings may now use the folder
-        raise
-    seconds = time.perf_counter() - started
-
-    counts = summary(base.model)
-    inside = counts.base if method.unfreezes else counts.deltas(ADAPTER)
-    metrics: dict[str, Any] = {
-        "method": config.method,
-        "base": config.base,
-        "parameters": {
-            "transformer": inside,
-            "head": counts.adapters[ADAPTER].get("head", 0),
-            "base": counts.base,
-            "percent_of_base": round(100 * inside / counts.base, 4),
-        },
-        "rows": {name: len(rows) for name, rows in {"train": splits.train, **evaluated}.items()},
-        "seconds": round(seconds, 1),
-        "resumed": fitted.resumed,
-        "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
-        "baseline": baseline,
-    }
-    for name, rows in evaluated.items():
-        predicted, targets = _predict(base, rows, fitted.labels, config.max_length)
-        metrics[name] = overall(targets, predicted)
-        if name == "validation" or len(evaluated) == 1:
-            _write_classes(folder, targets, predicted, fitted.labels)
-            if not rows.multi:
-                confusion_plot(confusion(targets, predicted, len(labels)), fitted.labels, folder / "confusion.png")
-    fitted.adapter.info = {
-        "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
-        "metrics": {name: metrics[name] for name in evaluated},
-        "data": config.data,
-        "data_sha256": digest,
-    }
-    write_model(base, method.unfreezes, folder)
-    if members:
-        write_attention(base, fitted.adapter, splits.validation, config.max_length, folder)
-    _write_curves(folder, fitted.history)
-    curves_plot(fitted.history, baseline["validation"]["macro_f1"] if baseline else None, folder / "curves.png")
-    (folder / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        seconds = time.perf_counter() - started
+        counts = summary(base.model)
+        inside = counts.base if method.unfreezes else counts.deltas(ADAPTER)
+        metrics: dict[str, Any] = {
+            "method": config.method,
+            "base": config.base,
+            "parameters": {
+                "transformer": inside,
+                "head": counts.adapters[ADAPTER].get("head", 0),
+                "base": counts.base,
+                "percent_of_base": round(100 * inside / counts.base, 4),
+            },
+            "rows": {name: len(rows) for name, rows in {"train": splits.train, **evaluated}.items()},
+            "seconds": round(seconds, 1),
+            "resumed": fitted.resumed,
+            "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
+            "baseline": baseline,
+        }
+        for name, rows in evaluated.items():
+            predicted, targets = _predict(base, rows, fitted.labels, config.max_length)
+            metrics[name] = overall(targets, predicted)
+            if name == "validation" or len(evaluated) == 1:
+                _write_classes(new, targets, predicted, fitted.labels)
+                if not rows.multi:
+                    confusion_plot(confusion(targets, predicted, len(labels)), fitted.labels, new / "confusion.png")
+        fitted.adapter.info = {
+            "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
+            "metrics": {name: metrics[name] for name in evaluated},
+            "data": config.data,
+            "data_sha256": digest,
+        }
+        write_model(base, method.unfreezes, new)
+        if members:
+            write_attention(base, fitted.adapter, splits.validation, config.max_length, new)
+        _write_curves(new, fitted.history)
+        curves_plot(fitted.history, baseline["validation"]["macro_f1"] if baseline else None, new / "curves.png")
+        (new / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
     return Run(folder, metrics, warnings)
 
 
@@ -304,9 +295,15 @@ def _plain(value: Any) -> Any:
 
 def changed(config: TrainConfig) -> list[str]:
     """The settings that differ from those of the run in the folder."""
-    before = yaml.safe_load((config.folder() / _CONFIG).read_text()) or {}
+    before = yaml.safe_load(config_file(config.folder()).read_text()) or {}
     now = yaml.safe_load(as_yaml(config))
     return [name for name in now if name not in ("out", "overwrite") and before.get(name) != now[name]]
+
+
+def config_file(folder: Path) -> Path:
+    """Where the settings of the run in the folder are: a run that has not ended keeps them beside its checkpoints."""
+    begun = folder / CHECKPOINTS / _CONFIG
+    return begun if begun.exists() else folder / _CONFIG
 
 
 def check_folder(folder: Path, ours: bool) -> Path:
@@ -324,7 +321,7 @@ def _ended(folder: Path) -> bool:
 
 def _prepare(config: TrainConfig, keep: bool) -> Path:
     folder = config.folder()
-    known = (folder / _CONFIG).exists()
+    known = config_file(folder).exists()
     check_folder(folder, known or _ended(folder))
     if config.overwrite and known:
         return folder
@@ -344,8 +341,32 @@ def digest_of(splits: Splits) -> str:
     return hashlib.sha256(repr([(each.texts, each.labels) for each in rows]).encode()).hexdigest()
 
 
+@contextmanager
+def _staged(config: TrainConfig, digest: str) -> Iterator[Path]:
+    """A folder for what a run makes, put into the run's own once all is made: an older run stays until then."""
+    folder = config.folder()
+    begun = folder / CHECKPOINTS
+    if config.overwrite:
+        shutil.rmtree(begun, ignore_errors=True)
+    new = begun / "results"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    (begun / _CONFIG).write_text(as_yaml(config))
+    (begun / _DIGEST).write_text(digest)
+    try:
+        yield new
+    except Exception as error:
+        if isinstance(error, InfuseError) or (folder / _METRICS).exists():  # else the run can be resumed
+            shutil.rmtree(begun, ignore_errors=True)  # other settings may now use the folder, or the older run goes on
+        raise
+    _clear(folder)
+    for made in (*new.iterdir(), begun / _CONFIG):
+        os.replace(made, folder / made.name)
+    shutil.rmtree(begun)
+
+
 def _clear(folder: Path) -> None:
-    for name in (CHECKPOINTS, ADAPTER, MODEL):
+    for name in (ADAPTER, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
     heat_maps = (f"{name}.{kind}" for name in ATTENTION for kind in ("csv", "png"))
     for name in (_METRICS, _CONFIG, "per_class.csv", "confusion.png", "curves.csv", "curves.png", *heat_maps):

@@ -19,7 +19,7 @@ from infuse.model import detach
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.training.fit import fit
-from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, check_folder, train
+from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, check_folder, config_file, train
 from infuse.training.settings import Settings
 from infuse.tuning.config import TuneConfig
 from infuse.tuning.space import Candidates, candidates
@@ -249,7 +249,7 @@ def _best(study: "optuna.Study") -> "optuna.trial.FrozenTrial":
 def _train_again(config: TrainConfig, folder: Path, bases: Mapping[str, BaseModel], splits: Splits) -> Run:
     """The run folder of the best trial; one of the same settings that is there already is kept."""
     wanted = replace(config, out=folder)
-    wanted = replace(wanted, overwrite=(folder / "config.yaml").exists() and bool(changed(wanted)))
+    wanted = replace(wanted, overwrite=config_file(folder).exists() and bool(changed(wanted)))
     base = bases[config.base]
     if next(base.model.parameters()).dtype != dtype_of(config.precision):  # the trial of a worker of another machine
         base = load_base(config.base, precision=config.precision)
