@@ -1,5 +1,8 @@
 """The faces towards other libraries: scikit-learn's conventions, a plain PyTorch loop, transformers' Trainer."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +135,13 @@ def test_saved_classifiers_answer_the_same(model, task, tmp_path):
     assert list(loaded.classes_) == list(model.classes_)
     assert (loaded.get_params()["base"], loaded.method, loaded.head) == (model.base, "ia3", "cosine")
     again = Classifier.load(loaded.save(tmp_path / "again"), base=model.base)
+    assert np.array_equal(again.predict_proba(task[0]), model.predict_proba(task[0]))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=["deepcopy", "pickle"])  # fmt: skip
+def test_copies_of_a_fitted_classifier_answer_the_same(model, task, copied):
+    again = copied(model)
     assert np.array_equal(again.predict_proba(task[0]), model.predict_proba(task[0]))
 
 

@@ -83,5 +83,5 @@ class Banks:
             for bank in self.banks.values():
                 bank.forget(adapter)
 
-    def __deepcopy__(self, memo: dict) -> "Banks":
-        return Banks()
+    def __reduce__(self) -> tuple[type["Banks"], tuple[()]]:
+        return Banks, ()  # a copy, pickled or deep, fills its own
