@@ -303,6 +303,8 @@ TRAIN = {
     "--max-length 2": "max_length",
     "--out full": "other files",
     "--out one.csv": "is a file",
+    "--out one.csv/x": "one.csv is no folder",
+    f"--out {300 * 'a'}": "File name too long",
     "--out {run}": "finished run",
     "--out full --overwrite": "other files",
     "--config nope.yaml": "can't be read",
@@ -355,6 +357,7 @@ OTHERS = {
     "merge {run} full": "other files",
     "merge {run} one.csv": "is a file",
     "merge nowhere out": "nowhere",
+    "merge {run} one.csv/x": "one.csv is no folder",
     "summary no-such/model": "can't be loaded",
     "summary full": "adapter_model.safetensors",
     "summary {base} --methods magic": "the methods are",
@@ -420,6 +423,17 @@ def test_flags_that_make_no_sense(arguments, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments.split())
     assert ended.value.code == 2 and "Traceback" not in capsys.readouterr().err and os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", ["predict {run} hello", "predict {run} hello --format csv"])
+def test_output_that_can_not_be_written(run, arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", "from infuse.cli import main; main()", *arguments.format(run=run).split()],
+            stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_mistake_in_a_process_of_its_own():

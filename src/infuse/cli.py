@@ -1,5 +1,6 @@
 """The command line: a sub-command per dataclass of settings. No logic here; every flag is a field."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -8,6 +9,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 import yaml
+from safetensors import SafetensorError
 
 from infuse import console
 from infuse.bases import skeleton
@@ -218,6 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = _parse(arguments)
         run = next(run for kind, run in COMMANDS.values() if type(config) is kind)
         run(config)
+        sys.stdout.flush()
     except InfuseError as error:
         console.err.print(f"infuse: {error}", style="red", soft_wrap=True)
         sys.exit(2)
@@ -226,6 +229,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except (OSError, SafetensorError) as error:  # a path that can't be written, a full disk
+        what, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        console.err.print(
+            f"infuse: {what or 'The output'} can't be read or written ({why or error}); "
+            "check the path, its permissions and the space left.", style="red", soft_wrap=True,
+        )  # fmt: skip
+        _drop_output()
+        sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Send what standard output still holds to nowhere: Python would try again to write it when it ends, and fail."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(arguments: list[str]) -> Any:

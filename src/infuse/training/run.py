@@ -310,6 +310,9 @@ def check_folder(folder: Path, ours: bool) -> Path:
     """The folder, if a command may write into it: it is not there yet, empty, or ours, written by the same command."""
     if folder.exists() and not folder.is_dir():
         raise InfuseError(f"{folder} is a file; choose another folder to write.")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InfuseError(f"{above} is no folder that can be written into; choose another folder to write.")
     if not ours and folder.exists() and (names := sorted(path.name for path in folder.iterdir())):
         raise InfuseError(f"{folder} holds other files ({listed(names, 3)}); choose an empty or new folder.")
     return folder
