@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
 from infuse.calls import mixing_weights
+from infuse.model import store_of
 from infuse.testing import TINY, inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
@@ -158,6 +159,16 @@ def test_average(spec):
         torch.testing.assert_close(value, 0.75 * a[name] + 0.25 * b[name])
     alone = infuse.average(model, ["a"], "alone")
     assert all(torch.equal(v, a[n]) for n, v in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("weights", [[float("nan"), 1], [float("inf"), 1], [1e308, 1e308]])
+def test_weights_that_are_no_finite_numbers_are_refused(weights):
+    model, _ = trained("bert", "ia3")
+    with pytest.raises(infuse.InfuseError, match="finite"):
+        infuse.average(model, ["a", "b"], "soup", weights=weights)
+    with pytest.raises(infuse.InfuseError, match="finite"):
+        infuse.add(model, {"a": float("nan"), "b": 1}, "sum")
+    assert "soup" not in store_of(model).adapters and "sum" not in store_of(model).adapters
 
 
 @pytest.fixture

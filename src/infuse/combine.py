@@ -1,5 +1,6 @@
 """New adapters from trained ones, without training: averages, sums, and differences of what they learnt."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +21,9 @@ def average(
     The weights are normalised to sum to 1 (equal by default). Wortsman et al. 2022, "Model soups", arXiv:2203.05482.
     """
     given = list(weights) if weights is not None else [1.0] * len(names)
-    if len(given) != len(names) or abs(sum(given)) < 1e-12:
+    if len(given) != len(names) or not 1e-12 <= abs(sum(given)) < math.inf:
         raise InfuseError(
-            f"Averaging {len(names)} adapters needs as many weights with a sum other than 0, not {given}."
+            f"Averaging {len(names)} adapters needs as many weights with a finite sum other than 0, not {given}."
         )
     return _combined(model, dict(zip(names, (w / sum(given) for w in given), strict=True)), name, start=0.0)
 
@@ -60,6 +61,8 @@ def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Ad
 
 def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: float | None) -> Adapter:
     store, model = store_of(model), owner_of(model)
+    if not all(map(math.isfinite, terms.values())):
+        raise InfuseError(f"The weights of {listed(terms)} must be finite numbers, not {listed(terms.values())}.")
     adapters = [store[each] for each in terms]
     first = adapters[0]
     for other in adapters[1:]:
