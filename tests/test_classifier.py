@@ -187,7 +187,7 @@ def test_mistakes_are_one_sentence(quick, texts, labels, message):
 
 @pytest.mark.parametrize("changes", [{"method": "magic"}, {"epochs": 0}, {"head": "big"}, {"pooling": "max"},
                                      {"layers": "7"}, {"validation_fraction": 2}, {"base": "no-such/model"},
-                                     {"epochs": 1.5}, {"learning_rate": "fast"}], ids=str)  # fmt: skip
+                                     {"epochs": 1.5}, {"seed": -1}, {"learning_rate": "fast"}], ids=str)  # fmt: skip
 def test_impossible_settings_are_one_sentence(quick, task, changes):
     with pytest.raises(InfuseError) as caught:
         clone(quick).set_params(**changes).fit(*task)

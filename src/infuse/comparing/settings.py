@@ -95,6 +95,7 @@ class CompareConfig:
             if make(method).name in ("fusion", "stack"):
                 raise InfuseError(f"{method!r} builds on trained adapters; compare methods that train on their own.")
             self.settings(method, self.seed).check()
+        self.settings(self.chosen()[0], self.seed + self.seeds - 1).check()
 
 
 def every_method() -> list[str]:

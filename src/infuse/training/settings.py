@@ -70,10 +70,11 @@ class Settings:
             ("clip", 0, float("inf")),
             ("weight_decay", 0, 10),
             ("head_learning_rate", 1e-9, 10),
+            ("seed", 0, 2**32 - 1),  # numpy's limit
         ):
             value = getattr(self, name)
             if not low <= value <= high:
-                raise InfuseError(f"{name} must lie between {low} and {high:g}, not {value}.")
+                raise InfuseError(f"{name} must lie between {low} and {high:,}, not {value}.")
         if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
             raise InfuseError(f"learning_rate must be positive and at most 10, not {self.learning_rate}.")
 

@@ -66,6 +66,7 @@ class TuneConfig:
         for name, low, high in (("trials", 1, 1_000_000), ("grace", 2, 86_400), ("max_length", 4, 1_000_000)):
             if not low <= getattr(self, name) <= high:
                 raise InfuseError(f"{name} must lie between {low} and {high:g}, not {getattr(self, name)}.")
+        Settings(seed=self.seed).check()
         _ = self.seconds, self.ranges
 
     @property
