@@ -162,6 +162,8 @@ def _json_lines(path: Path) -> Table:
             raise InfuseError(
                 f"line {number} of {path} is not valid JSON ({error.msg}): mend or remove that line."
             ) from error
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists without end
+            raise InfuseError(f"line {number} of {path} can't be read ({error}): mend or remove that line.") from error
     return _records(path, records)
 
 
@@ -173,6 +175,8 @@ def _json(path: Path) -> Table:
         if error.msg == "Extra data":  # one object per line, as many hub files are despite their name
             return _json_lines(path)
         raise InfuseError(f"line {error.lineno} of {path} is not valid JSON ({error.msg}): mend it there.") from error
+    except (ValueError, RecursionError) as error:
+        raise InfuseError(f"{path} can't be read ({error}): mend or remove what is too long or too deep.") from error
     return _records(path, data)
 
 
