@@ -131,6 +131,11 @@ def test_usual_column_names_are_found(tmp_path, text, label):
     assert read(write(tmp_path / "x.csv", f"id,{label},{text}\n1,a,hello\n")) == Rows(("hello",), ("a",))
 
 
+def test_csv_texts_may_be_long(tmp_path):
+    long = 200_000 * "a"
+    assert read(write(tmp_path / "x.csv", table([(long, "a")]))).texts == (long,)
+
+
 def test_texts_alone(tmp_path):
     path = write(tmp_path / "x.csv", "text\nhello\n")
     assert read(path, labelled=False) == Rows(("hello",))

@@ -133,6 +133,7 @@ def _csv(path: Path) -> Table:
     # Spreadsheets write ";" where "," is the decimal mark.
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=content.lstrip().partition("\n")[0].count)
     reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # 131,072 characters by default
     rows: list[list[str]] = []
     try:
         for row in reader:
