@@ -100,6 +100,13 @@ def test_average_of_runs_predicts(runs, tiny_base, capsys):
     for name, value in soup.items():
         torch.testing.assert_close(value, (a[name] + b[name]) / 2)
     assert open_run(runs / "soup").labels == tuple(sorted(LABELS[:3]))
+    again = ["average", str(runs / "again"), str(left), "--out"]
+    main([*again, str(runs / "soup")])  # an average may take the place of another one, but not of anything else
+    for other in (left, left / "adapter"):
+        before = {p: p.read_bytes() for p in other.rglob("*") if p.is_file()}
+        with pytest.raises(SystemExit):
+            main([*again, str(other)])
+        assert {p: p.read_bytes() for p in other.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(

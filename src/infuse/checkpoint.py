@@ -447,7 +447,8 @@ def _check_base(model: nn.Module, base: Mapping[str, str], arch: Arch | None) ->
     if have.digest != base["digest"]:
         raise InfuseError(
             f"The adapter was trained on {base['name']!r} ({base['type']}), but this model is "
-            f"{have.name!r} ({have.type}) with other weights; load that base, or pass any_base=True if they fit."
+            f"{have.name!r} ({have.type}) with other weights; load that base "
+            "(or, from Python, pass any_base=True if they fit)."
         )
 
 

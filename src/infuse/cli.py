@@ -312,7 +312,7 @@ def _from_yaml(kind: type, path: Path) -> Any:
         if name in ("out", "config") and isinstance(value, str):
             values[name] = Path(value)
         elif isinstance(value, list):
-            values[name] = tuple(Path(each) if name in ("members", "runs") else each for each in value)
+            values[name] = tuple(Path(str(each)) if name in ("members", "runs") else each for each in value)
         elif name == "learning_rate" or isinstance(known[name].default, float):
             values[name] = _number(name, value, path)
     config = kind(**values)

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from infuse.checkpoint import save
+from infuse.checkpoint import header, save
 from infuse.combine import average
 from infuse.errors import InfuseError
 from infuse.heads import Head
 from infuse.model import store_of
 from infuse.training.members import AVERAGE, load_members
-from infuse.training.run import Run, Say, TrainConfig, open_run, train
+from infuse.training.run import Run, Say, TrainConfig, check_folder, open_run, train
 
 
 @dataclass
@@ -67,6 +67,7 @@ def average_runs(config: AverageConfig) -> Path:
     """Write the average of several runs' adapters; its head is the average too where all have the same labels."""
     if len(config.runs) < 2:
         raise InfuseError("Averaging needs two or more run folders.")
+    check_folder(config.out, _is_average(config.out))
     predictor = open_run(config.runs[0])
     model = predictor.base.model
     names = load_members(model, config.runs)
@@ -82,3 +83,10 @@ def average_runs(config: AverageConfig) -> Path:
     info = {k: v for k, v in store_of(model)[names[0]].info.items() if k != "calibration"}
     soup.info = info | {"average": [str(run) for run in config.runs]}
     return save(model, soup.name, config.out)
+
+
+def _is_average(folder: Path) -> bool:
+    try:
+        return "average" in header(folder)["info"]
+    except InfuseError:
+        return False
