@@ -107,7 +107,11 @@ def attention(
     """Attention as transformers asks for it.
 
     Training on short rows takes the leanest way on CPUs; torch's own kernel, slow there in backward, does the rest.
+    Scores that the model caps (Gemma 2) take plain operations: torch's kernel would leave them as they are.
     """
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (softcap := kwargs.get("softcap")) is not None:
+        return _plain(query, key, value, attention_mask, factor, dropout, softcap), None
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     bias = kwargs.get("position_bias")
     fixed = bias is None or not bias.requires_grad
@@ -123,18 +127,21 @@ def attention(
         if query.is_meta:
             return _shapes(query, key, value, attention_mask), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask = attention_mask if bias is None else bias if attention_mask is None else attention_mask + bias
     if dropout or not applies(query, key, value):
         return _plain(query, key, value, mask, factor, dropout), None
     return _ShortRows.apply(query, key, value, mask, factor), None  # type: ignore[return-value]  # as forward gives it
 
 
-def _plain(q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, dropout: float) -> Mixed:
+def _plain(
+    q: Query, k: Keys, v: Keys, mask: Tensor | None, scaling: float, dropout: float, softcap: float | None = None
+) -> Mixed:
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = torch.matmul(q, k.transpose(2, 3)) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     p = (scores if mask is None else scores + mask).softmax(-1)
     return torch.matmul(F.dropout(p, dropout), v).transpose(1, 2).contiguous()
 
