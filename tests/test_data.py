@@ -41,7 +41,7 @@ def test_rows_must_fit():
     with fails("2 texts but 1 labels"):
         Rows(("x", "y"), ("a",))
     with fails("row 1 has a single label and row 2 has a list"):
-        Rows(("x", "y"), ("a", ("b",)))  # pyright: ignore[reportArgumentType]
+        Rows(("x", "y"), ("a", ("b",)))  # type: ignore[arg-type]  # the mistake
 
 
 # Files

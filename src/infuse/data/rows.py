@@ -62,7 +62,7 @@ class Rows:
         """The rows at ``indices``, in that order."""
         chosen = list(indices)
         labels = None if self.labels is None else tuple(self.labels[i] for i in chosen)
-        return Rows(tuple(self.texts[i] for i in chosen), labels)  # pyright: ignore[reportArgumentType]
+        return Rows(tuple(self.texts[i] for i in chosen), labels)  # type: ignore[arg-type]  # of one kind
 
 
 @dataclass(frozen=True)
