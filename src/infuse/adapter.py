@@ -47,7 +47,7 @@ class Adapter(nn.Module):
             stand in for the originals, which stay as they are.
         head: pooling and classifier of this adapter, if it has one (see :mod:`infuse.heads`).
         members: names of the adapters that a mixer mixes.
-        kinds: site name → number of those that run as one there (see :func:`infuse.recipe.kinds`).
+        kinds: site name → :class:`infuse.recipe.Kind` of those that run as one there.
         info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
     """
 
@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         self.head: nn.Module | None = None
         self.info: dict = {}
         self.members: tuple[str, ...] = ()
-        self.kinds: dict[str, int] = {}
+        self.kinds: dict[str, Any] = {}
         self._tensors: list[Tensor] = []
         self._seen: tuple[int, list[int]] = (-1, [])
         self._version = 0
@@ -92,7 +92,7 @@ class Adapter(nn.Module):
         return {**dict(self.shared.items()), **delta.params}
 
     @property
-    def signature(self) -> frozenset[tuple[str, int]]:
+    def signature(self) -> frozenset[tuple[str, Any]]:
         """Equal for adapters that run as one at every site."""
         return frozenset(self.kinds.items())
 

@@ -69,11 +69,17 @@ class Stack:
 
 @dataclass(frozen=True)
 class Arch:
-    """A row of the table: the ``model_type`` values that it serves, its stacks, and how to pool a text from it."""
+    """A row of the table: the ``model_type`` values that it serves, its stacks, and how to pool a text from it.
+
+    Attributes:
+        packs: whether rows without padding give the same hidden states (see :mod:`infuse.packing`): all tokens of a
+            text see each other, positions are absolute, and nothing but attention looks at other tokens.
+    """
 
     types: tuple[str, ...]
     stacks: tuple[Stack, ...]
     pooling: str = "mean"
+    packs: bool = False
 
 
 def _bert(query="query", key="key", value="value") -> dict[str, str]:
@@ -143,7 +149,11 @@ def _fused(path: str, of: tuple[int | str, ...], *roles: str) -> dict[str, Part]
 
 
 ARCHS = [
-    Arch(("bert", "roberta", "xlm-roberta", "electra"), (Stack("encoder.layer", _bert(), residuals=_BERT_RESIDUALS),)),
+    Arch(
+        ("bert", "roberta", "xlm-roberta", "electra"),
+        (Stack("encoder.layer", _bert(), residuals=_BERT_RESIDUALS),),
+        packs=True,
+    ),
     Arch(
         ("deberta-v2",),
         (
@@ -174,6 +184,7 @@ ARCHS = [
                 ),
             ),
         ),
+        packs=True,
     ),
     Arch(
         ("mpnet",),
@@ -213,6 +224,7 @@ ARCHS = [
                 ),
             ),
         ),
+        packs=True,
     ),
     Arch(
         ("modernbert",),

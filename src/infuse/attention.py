@@ -12,9 +12,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 
 from infuse.lean import applies
+from infuse.packing import ATTENTION as NAME
+from infuse.packing import Packed, current
 
-NAME = "infuse"
-"""The name under which transformers knows :func:`attention`."""
 SHORT = 256
 """Rows up to this many positions take the path for short rows (docs/decisions.md)."""
 
@@ -109,6 +109,8 @@ def attention(
     Training on short rows takes the leanest way on CPUs; torch's own kernel, slow there in backward, does the rest.
     Scores that the model caps (Gemma 2) take plain operations: torch's kernel would leave them as they are.
     """
+    if (packed := current()) is not None:
+        return _packed(packed, module, query, key, value, scaling), None
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (softcap := kwargs.get("softcap")) is not None:
         return _plain(query, key, value, attention_mask, factor, dropout, softcap), None
@@ -131,6 +133,18 @@ def attention(
     if dropout or not applies(query, key, value):
         return _plain(query, key, value, mask, factor, dropout), None
     return _ShortRows.apply(query, key, value, mask, factor), None  # type: ignore[return-value]  # as forward gives it
+
+
+def _packed(
+    packed: Packed, module: nn.Module, q: Query, k: Keys, v: Keys, scaling: float | None
+) -> Float[Tensor, "rows 1 heads width"]:
+    """Attention between the tokens of each text, where rows are tokens."""
+    mixed = []
+    blocks = zip(*(packed.together(x.squeeze(2)) for x in (q, k, v)), packed.masks(q.dtype), strict=True)
+    for *given, mask in blocks:
+        q, k, v = (x.transpose(1, 2) for x in given)
+        mixed.append(sdpa_attention_forward(module, q, k, v, mask, scaling=scaling)[0])
+    return packed.apart(mixed).unsqueeze(1)
 
 
 def _plain(

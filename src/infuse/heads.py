@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from infuse.errors import InfuseError, listed
 from infuse.model import route as routed
 from infuse.model import store_of
+from infuse.packing import pack, running
 from infuse.routing import side_by_side
 
 Hidden = Float[Tensor, "rows positions width"]
@@ -249,8 +250,7 @@ def grouped(
     order = side_by_side({name: store_of(model)[name] for name in heads}, names)
     if order != sorted(order):
         batch = {key: value[order] for key, value in batch.items()}
-    with routed(model, [names[row] for row in order]):
-        out = model(**batch)
+    out = run(model, batch, [names[row] for row in order], all(h.kind != "hf" for h in heads.values()))
     rows: dict[str, list[int]] = {}
     for at, row in enumerate(order):
         rows.setdefault(names[row], []).append(at)
@@ -261,6 +261,19 @@ def grouped(
     for name, own in rows.items():
         head, at = heads[name], slice(own[0], own[-1] + 1)
         yield head, [order[i] for i in own], head(pooled[head.pooling][at]) if head.kind != "hf" else out["logits"][at]
+
+
+def run(
+    model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str | None], packs: bool = True
+) -> Mapping[str, Tensor]:
+    """The output of a model for a batch with an adapter for every row; its hidden states alone where packing pays."""
+    packed = pack(model, store_of(model).arch, batch) if packs else None
+    if packed is None:
+        with routed(model, names):
+            return model(**batch)
+    with routed(model, packed.each(names)), running(model, packed):
+        out = model(**packed.batch)
+    return {"last_hidden_state": packed.padded(out["last_hidden_state"].squeeze(1))}
 
 
 def classify(model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[Float[Tensor, " labels"]]:

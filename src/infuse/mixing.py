@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
-from infuse.method import Method
 from infuse.recipe import Call, Parameters, Recipe, cast, mapped, parameters
 from infuse.routing import Group, Mixed, Route, levels, slots_at
 
@@ -30,23 +29,30 @@ def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tenso
     if not isinstance(route, Mixed):
         if route is None or adapters[route].delta(site) is None:
             return h
-        return _one(adapters, adapters[route], call)
+        adds, value = _one(adapters, adapters[route], call)
+        return (h + value if adds else value).to(h.dtype)
     if len(h) != len(route.names):
         raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
-    groups = route.plan(adapters, site, h.device)
-    return _joined(h, [(group.rows, _new(adapters, group, call)) for group in groups])
+    parts = [(group.rows, *_part(adapters, group, call)) for group in route.plan(adapters, site, h.device)]
+    if not call.owned:
+        return _joined(h, parts)
+    for rows, adds, value in parts:
+        _write(h, rows, adds, value.to(h.dtype))
+    return h
 
 
-def _new(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
+def _part(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bool, Tensor]:
+    """For the rows of a group: whether something is added to the activation, and that or the new activation."""
     if len(group.adapters) == 1:
         return _one(adapters, next(iter(group.adapters)), call, group.rows)
     return _many(adapters, group, call)
 
 
-def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, Tensor]]) -> Tensor:
+def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, bool, Tensor]]) -> Tensor:
     """``h`` with new values in some of its rows; those of slices, which come in their order, are copied once."""
     pieces, end = [], 0
-    for rows, new in parts:
+    for rows, adds, value in parts:
+        new = (h[rows] + value if adds else value).to(h.dtype)
         if not isinstance(rows, slice):
             h = h.index_copy(0, rows, new)
         else:
@@ -58,21 +64,36 @@ def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, Tensor]]) -> Tensor
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else h
 
 
-def _one(adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)) -> Tensor:
-    recipe, fixed = Recipe.of(adapters, adapter, call.site), call.fixed()
-    p = recipe.prepare(parameters(adapters, adapter, call.site), fixed)
-    return recipe.new(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), fixed).to(call.h.dtype)
+def _write(h: Tensor, rows: slice | Tensor, adds: bool, value: Tensor) -> None:
+    """:func:`_joined` for one group, in place."""
+    if isinstance(rows, slice):
+        own = h[rows]
+        own.add_(value) if adds else own.copy_(value)
+    elif adds:
+        h.index_add_(0, rows, value)
+    else:
+        h.index_copy_(0, rows, value)
 
 
-def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
-    recipe, fixed = Recipe.of(adapters, next(iter(group.adapters)), call.site), call.fixed()
-    direct = call.h.ndim == 3 and all(m.stackable for m in (recipe.method, *recipe.members))
-    given = call.rowwise(recipe.needs, group.rows)
+def _one(
+    adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)
+) -> tuple[bool, Tensor]:
+    recipe: Recipe = adapter.kinds[call.site.name].recipe
+    p = parameters(adapters, adapter, call.site)
+    if recipe.prepares:
+        p = recipe.prepare(p, call.fixed())
+    return recipe.adds, recipe.part(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), call.fixed(recipe.needs))
+
+
+def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bool, Tensor]:
+    recipe: Recipe = group.kind.recipe
+    direct = call.h.ndim == 3 and recipe.stackable
+    given, fixed = call.rowwise(recipe.needs, group.rows), call.fixed(recipe.needs)
 
     def stacked(some: Iterable[Adapter]) -> Any:
         both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
-        if any(type(m).prepare is not Method.prepare for m in (recipe.method, *recipe.members)):
-            both = vmap(partial(recipe.prepare, fixed=fixed))(both)
+        if recipe.prepares:
+            both = vmap(partial(recipe.prepare, fixed=call.fixed()))(both)
         both = cast(both, call.h.dtype)
         return mapped(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
 
@@ -83,12 +104,12 @@ def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> Tensor:
         bank, slots = call.banks.slots(key, group.adapters, stacked)
         if direct and _pays(group, bank, given):
             p = _taken(bank, slots_at(slots, call.h.device))
-            return _by_adapter(recipe, group, p, given, fixed).to(call.h.dtype)
+            return recipe.adds, _by_adapter(recipe, group, p, given, fixed)
         p = _taken(bank, group.index(slots))
-    run = partial(recipe.new, fixed=fixed)
+    run = partial(recipe.part, fixed=fixed)
     if not direct:
         run = vmap(run, randomness="different")
-    return run(p, given).to(call.h.dtype)
+    return recipe.adds, run(p, given)
 
 
 def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:
@@ -100,9 +121,11 @@ def _pays(group: Group, bank: Parameters, given: Mapping[str, Tensor]) -> bool:
     """Whether copying activations together by adapter is less than copying parameters for every row."""
     if len(group.adapters) == len(group.which):
         return False
-    size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
-    copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
-    return len(group.adapters) * size + copied < len(group.which) * size
+    if "pays" not in group.found:
+        size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
+        copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
+        group.found["pays"] = len(group.adapters) * size + copied < len(group.which) * size
+    return group.found["pays"]
 
 
 def _by_adapter(
@@ -112,7 +135,7 @@ def _by_adapter(
     adapters, most = group.table.shape
     flat = group.table.flatten()
     long = {n: v.index_select(0, flat).reshape(adapters, most * v.shape[1], -1) for n, v in given.items()}
-    new = recipe.new(p, long, fixed)
+    new = recipe.part(p, long, fixed)
     return new.reshape(adapters * most, -1, new.shape[-1]).index_select(0, group.places)
 
 

@@ -19,7 +19,7 @@ from infuse.banks import Banks
 from infuse.calls import forget_residuals
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, make, spelled
-from infuse.recipe import Recipe, kinds
+from infuse.recipe import kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, model_type, overlap, select, stack_layers
 from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
@@ -93,8 +93,7 @@ class Infused(nn.Module):
         assert isinstance(adapter, Adapter)
         for site in adapter.sites.values():
             self.tap(model, site.prefix + site.path).add(site)
-            recipe = Recipe.of(self.adapters, adapter, site)  # type: ignore[arg-type]  # of adapters
-            if site.source and {"residual", "normed"} & recipe.needs:
+            if site.source and {"residual", "normed"} & adapter.kinds[site.name].recipe.needs:
                 self.tap(model, site.source).source = True
         for name in adapter.copies:
             path = name.replace("/", ".")

@@ -1,7 +1,7 @@
 """What is computed at one site: the functions of a method and of its members, and the tensors that they ask for."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,29 +16,45 @@ from infuse.sites import Site
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is computed at a site: a method, and for a mixer the methods of its members."""
+    """What is computed at a site: a method, and for a mixer the methods of its members.
+
+    Attributes:
+        adds: whether :meth:`part` gives what is added to the activation, not the new one.
+        needs: names of the tensors that the functions ask for.
+        stackable: whether all functions take parameters with a row per text.
+        prepares: whether parameters are not used as they are.
+    """
 
     method: Method
     members: tuple[Method, ...] = ()
+    adds: bool = field(init=False)
+    needs: frozenset[str] = field(init=False)
+    stackable: bool = field(init=False)
+    prepares: bool = field(init=False)
+
+    def __post_init__(self) -> None:  # not on demand: torch.compile can't trace what caches behind a lock
+        mixes, methods = isinstance(self.method, Mixer), (self.method, *self.members)
+        asked = [m.wants("update" if m.additive else "forward") for m in methods]
+        facts = {
+            "adds": mixes or self.method.additive,
+            "needs": frozenset().union(*asked, {"h"} if mixes else ()),
+            "stackable": all(m.stackable for m in methods),
+            "prepares": any(type(m).prepare is not Method.prepare for m in methods),
+        }
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
     @staticmethod
-    def of(adapters: Mapping[str, Adapter], adapter: Adapter, site: Site) -> "Recipe":
-        method, members = adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members)
+    def of(method: Method, *members: Method) -> "Recipe":
         return Recipe(method, method.mixed(members) if isinstance(method, Mixer) else members)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the tensors that the functions ask for."""
-        asked = [m.wants("update") | {"h"} if m.additive else m.wants("forward") for m in (self.method, *self.members)]
-        return frozenset().union(*asked)
 
     def prepare(self, p: "Parameters", fixed: Mapping[str, Any]) -> "Parameters":
         own, members = p
         prepared = [_ask(m, "prepare", each, fixed) for m, each in zip(self.members, members, strict=True)]
         return _ask(self.method, "prepare", own, fixed), prepared
 
-    def new(self, p: "Parameters", given: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tensor:
-        """The new activation from prepared parameters."""
+    def part(self, p: "Parameters", given: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tensor:
+        """What is added to the activation, or (without :attr:`adds`) the new one; from prepared parameters."""
         own, members = p
         given = {**given, **fixed}
         if isinstance(self.method, Mixer):
@@ -49,11 +65,9 @@ class Recipe:
             )
             weights = self.method.weigh(own, query, stacked, fixed["training"])
             note_weights(fixed["site"], weights)
-            new = given["h"] + self.method.mix(own, weights, stacked)
-            return new + query if self.method.adds_query(self.members) else new
-        if self.method.additive:
-            return given["h"] + _ask(self.method, "update", own, given)
-        return _ask(self.method, "forward", own, given)
+            mix = self.method.mix(own, weights, stacked)
+            return mix + query if self.method.adds_query(self.members) else mix
+        return _ask(self.method, "update" if self.method.additive else "forward", own, given)
 
 
 Parameters = tuple[Params, list[Params]]
@@ -79,6 +93,7 @@ class Call:
         x: the input of the site's module, (rows, ..., in_features).
         residual: what the model adds to a sublayer's output; kept from the call of the site's ``source``.
         banks: where mixed batches without gradients find their parameters.
+        owned: whether ``h`` may be written to: nobody else has it, and no gradient asks for it.
     """
 
     site: Site
@@ -87,6 +102,7 @@ class Call:
     training: bool
     residual: Tensor | None = None
     banks: Banks | None = None
+    owned: bool = False
     kept: Tensor | None = None
 
     def rowwise(self, names: Iterable[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
@@ -95,10 +111,10 @@ class Call:
         every = isinstance(rows, slice) and rows == slice(None)
         return given if every else {name: value[rows] for name, value in given.items()}
 
-    def fixed(self) -> dict[str, Any]:
-        """What is the same for all rows."""
-        site = self.site
-        return {"weight": site.weight, "bias": site.bias, "training": self.training, "site": site.name}
+    def fixed(self, names: Collection[str] = ("weight", "bias")) -> dict[str, Any]:
+        """What is the same for all rows: of the site's weight and bias those that are asked for."""
+        given = {name: getattr(self.site, name) for name in ("weight", "bias") if name in names}
+        return {**given, "training": self.training, "site": self.site.name}
 
     @property
     def normed(self) -> Tensor:
@@ -120,16 +136,31 @@ def _ask(method: Method, function: str, p: Params, given: Mapping[str, Any]) -> 
     return getattr(method, function)(p, **{name: given[name] for name in method.wants(function)})
 
 
-_KINDS: dict[Any, int] = {}
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """What adapters share that run as one group at a site: a recipe (up to roles), and shapes. There is one of each."""
+
+    recipe: Recipe
+    shapes: tuple[tuple[str, torch.Size], ...]
+
+    @staticmethod
+    def of(recipe: Recipe, shapes: tuple[tuple[str, torch.Size], ...]) -> "Kind":
+        return _KINDS.setdefault((recipe, shapes), Kind(recipe, shapes))
+
+    def __reduce__(self) -> tuple[Callable[..., "Kind"], tuple[Any, ...]]:
+        return Kind.of, (self.recipe, self.shapes)
 
 
-def kinds(adapters: Mapping[str, Adapter], adapter: Adapter) -> dict[str, int]:
-    """Site → a number for what adapters must share to run as one group there: methods up to their roles, and shapes."""
+_KINDS: dict[Any, Kind] = {}
+
+
+def kinds(adapters: Mapping[str, Adapter], adapter: Adapter) -> dict[str, Kind]:
+    """Site → the kind of an adapter's delta there."""
     found = {}
     for site in adapter.sites.values():
-        recipe = Recipe.of(adapters, adapter, site)
-        bare = (replace(recipe.method, roles=()), *(replace(m, roles=()) for m in recipe.members))
-        own, members = parameters(adapters, adapter, site)
-        shapes = tuple((n, v.shape) for p in (own, *members) for n, v in p.items())
-        found[site.name] = _KINDS.setdefault((bare, shapes), len(_KINDS))
+        method, members = adapter.method_at(site), tuple(adapters[m].method_at(site) for m in adapter.members)
+        bare = (replace(method, roles=()), *(replace(m, roles=()) for m in members))
+        own, inner = parameters(adapters, adapter, site)
+        shapes = tuple((n, v.shape) for p in (own, *inner) for n, v in p.items())
+        found[site.name] = Kind.of(Recipe.of(*bare), shapes)
     return found

@@ -18,7 +18,11 @@ from torch import Tensor
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
 from infuse.method import Mixer
+from infuse.packing import current as current_packed
 from infuse.sites import Site
+
+TOKENS = 16
+"""Packed rows of one adapter are filled up to a multiple of this (see :data:`infuse.packing.STEP`)."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,15 @@ class Group:
     """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters.
 
     ``adapters`` are the different ones, each with the version of its parameters, and ``which`` says whose each row is.
-    Rows that lie side by side are a slice, which copies nothing.
+    Rows that lie side by side are a slice, which copies nothing. Tables are as wide as a multiple of ``step``.
     """
 
-    kind: int
+    kind: Any
     adapters: dict[Adapter, int]
     rows: slice | Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
-    found: dict[tuple[int, ...], slice | Int[Tensor, " rows"]] = field(default_factory=dict)
+    step: int = 1
+    found: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, slots: tuple[int, ...]) -> slice | Int[Tensor, " rows"]:
         """The slot of every row, from those of the adapters; most sites have the same."""
@@ -45,11 +50,11 @@ class Group:
 
     @cached_property
     def table(self) -> Int[Tensor, "adapters most"]:
-        """The rows of every adapter; those with fewer than the most repeat one."""
+        """The rows of every adapter; those with fewer than the most, rounded up, repeat one."""
         own: list[list[int]] = [[] for _ in self.adapters]
         for row, adapter in enumerate(self.which.tolist()):
             own[adapter].append(row)
-        most = max(map(len, own))
+        most = -(-max(map(len, own)) // self.step) * self.step
         return torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in own], device=self.which.device)
 
     @cached_property
@@ -66,7 +71,8 @@ class Mixed:
     names: tuple[str | None, ...]
     levels: "list[Route] | None" = None
     plans: dict[Any, list[Group]] = field(default_factory=dict)
-    alike: dict[frozenset[tuple[str, int]], tuple[Adapter, list[int]]] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    alike: dict[frozenset[tuple[str, Any]], tuple[Adapter, list[int]]] = field(default_factory=dict)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
@@ -77,22 +83,40 @@ class Mixed:
                     self.alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
         kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike.values())
         if (kinds, device) not in self.plans:  # most sites share one plan
-            rows: dict[int, list[int]] = {}
+            rows: dict[Any, list[int]] = {}
             for kind, (_, own) in zip(kinds, self.alike.values(), strict=True):
                 if kind is not None:
                     rows.setdefault(kind, []).extend(own)
-            groups = [_group(adapters, self.names, k, sorted(r), device) for k, r in rows.items()]
+            groups = [self._group(adapters, k, sorted(r), device) for k, r in rows.items()]
             # Scattered rows first: slices are cut from what those have left.
             groups.sort(key=lambda g: (g.rows.start or 0) if isinstance(g.rows, slice) else -1)
             self.plans[kinds, device] = groups
         return self.plans[kinds, device]
 
+    def _group(self, adapters: Mapping[str, Adapter], kind: Any, rows: list[int], device: torch.device) -> Group:
+        own: list[Any] = [self.names[row] for row in rows]  # none of them None: those have no kind
+        index = {name: i for i, name in enumerate(dict.fromkeys(own))}
+        for name in index:
+            if name not in self.versions:
+                self.versions[name] = _version(adapters, adapters[name])
+        versions = {adapters[name]: self.versions[name] for name in index}
+        which = torch.tensor([index[name] for name in own], device=device)
+        first, last = rows[0], rows[-1] + 1
+        if len(rows) == len(self.names):
+            at = slice(None)
+        elif len(rows) == last - first:
+            at = slice(first, last)
+        else:
+            at = torch.tensor(rows, device=device)
+        return Group(kind, versions, at, which, TOKENS if current_packed() else 1)
+
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
         self.plans.clear()
+        self.versions.clear()
         for level in self.levels or ():
             if isinstance(level, Mixed):
-                level.plans.clear()
+                level.renew()
 
 
 Route = str | Mixed | None
@@ -171,23 +195,6 @@ def slots_at(slots: tuple[int, ...], device: torch.device) -> slice | Int[Tensor
     """An index of slots; where they follow each other, one that copies nothing."""
     first, last = slots[0], slots[0] + len(slots)
     return slice(first, last) if slots == tuple(range(first, last)) else torch.tensor(slots, device=device)
-
-
-def _group(
-    adapters: Mapping[str, Adapter], names: Sequence[str | None], kind: int, rows: list[int], device: torch.device
-) -> Group:
-    own = [adapters[name] for row in rows if (name := names[row]) is not None]
-    versions = {adapter: _version(adapters, adapter) for adapter in dict.fromkeys(own)}
-    index = {adapter: i for i, adapter in enumerate(versions)}
-    which = torch.tensor([index[adapter] for adapter in own], device=device)
-    first, last = rows[0], rows[-1] + 1
-    if len(rows) == len(names):
-        at = slice(None)
-    elif len(rows) == last - first:
-        at = slice(first, last)
-    else:
-        at = torch.tensor(rows, device=device)
-    return Group(kind, versions, at, which)
 
 
 def _version(adapters: Mapping[str, Adapter], adapter: Adapter) -> int:

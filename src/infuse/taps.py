@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infuse.arch import ARCHS
 from infuse.calls import forget_residuals, keep_residual, residual_at
 from infuse.errors import InfuseError
 from infuse.mixing import adapted, run_copies
@@ -47,8 +48,9 @@ class Tap:
         if not self.inputs:
             return None
         h = args[0]
+        known = self.store.arch in ARCHS and _unwatched()
         for site in self.inputs:
-            h = self._adapted(route, site, h, h)
+            h = self._adapted(route, site, h, h, known and site.role == "ffn_hidden")  # which nothing else reads there
         return (h, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -58,25 +60,31 @@ class Tap:
             return run_copies(self.store.adapters, route, self.path, output, args, kwargs)
         return self._outputs(route, output, args[0]) if self.outputs else None
 
-    def _adapted(self, route: Route, site: Site, h: Tensor, x: Tensor) -> Tensor:
-        call = Call(site, h, x, self.store.training, residual_at(self.store, site), self.store.banks)
+    def _adapted(self, route: Route, site: Site, h: Tensor, x: Tensor, owned: bool = False) -> Tensor:
+        call = Call(site, h, x, self.store.training, residual_at(self.store, site), self.store.banks, owned)
         return adapted(self.store.adapters, route, call)
 
     def _outputs(self, route: Route, h: Tensor, x: Tensor) -> Tensor:
+        owned = h is not x and _unwatched()
         slices = []
         for site in self.outputs:
             if site.whole:
-                h = self._adapted(route, site, h, x)
+                h = self._adapted(route, site, h, x, owned)
             else:
                 slices.append(site)
-        if not slices:
-            return h
-        pieces, end = [], 0
+        pieces, end, written = [], 0, True
         for site in slices:
-            new = self._adapted(route, site, h[..., site.start : site.stop], x)
+            own = h[..., site.start : site.stop]
+            new = self._adapted(route, site, own, x, owned)
+            written = written and new is own
             pieces += [h[..., end : site.start], new]
             end = site.stop
-        return torch.cat([*pieces, h[..., end:]], dim=-1)
+        return h if written else torch.cat([*pieces, h[..., end:]], dim=-1)
+
+
+def _unwatched() -> bool:
+    """Whether neither autograd nor a compiler follows what happens to tensors: they may be written to."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class PerAdapter:

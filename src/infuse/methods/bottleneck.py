@@ -114,7 +114,8 @@ class Bottleneck(Method):
     def update(self, p: Params, training: bool, **source: Tensor) -> Tensor:
         (z,) = source.values()
         out = bottleneck(z, p["D"], p["b"], p["U"], p["c"], self.activation)
-        out = out * (p["s"] if self.learned_scale else self.scale)
+        if self.learned_scale or self.scale != 1:
+            out = out * (p["s"] if self.learned_scale else self.scale)
         return F.dropout(out, self.dropout, training) if self.dropout else out
 
 

@@ -74,14 +74,18 @@ class LoRA(Method):
         norm = self._updated(p, weight).norm(dim=1).detach()
         return {**p, "gain": p["m"] / norm.to(p["m"].dtype)}
 
+    def wants(self, function: str) -> frozenset[str]:
+        return super().wants(function) - (frozenset() if self.dora else {"h"})
+
     def update(
-        self, p: Params, h: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"],
-        weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, training: bool,
+        self, p: Params, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, " out"] | None, training: bool, h: Float[Tensor, "*batch out"] | None = None,
     ) -> Float[Tensor, "*batch out"]:  # fmt: skip
         dropped = F.dropout(x, self.dropout, training) if self.dropout else x
         update = low_rank(dropped, p["A"], p["B"], self.scale)
         if not self.dora:
             return update
+        assert h is not None
         # With dropout the whole of V sees the dropped input in the magnitude's share, as PEFT computes it.
         base = F.linear(dropped, weight) if training and self.dropout else h if bias is None else h - bias
         return (p["gain"] - 1) * base + p["gain"] * update

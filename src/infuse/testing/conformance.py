@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import infuse
+from infuse.attention import choose
 from infuse.calls import residuals
+from infuse.heads import run
 from infuse.method import Method
 from infuse.model import store_of
+from infuse.sites import arch_of
 from infuse.testing.tiny import inputs, tiny
 
 Make = str | Callable[[], nn.Module]
@@ -168,6 +171,28 @@ def mixed_equals_one_by_one(method: Method, make: Make) -> None:
             close(together[name], parameter.grad, 1e-4)
 
 
+def packed_equals_padded(method: Method, make: Make) -> None:
+    """Texts of all lengths, with several adapters or none, give the same hidden states without padding."""
+    model = _model(make)
+    if not arch_of(model).packs:
+        return
+    choose(model)
+    batch = inputs(model, rows=8, length=40)
+    for row, length in enumerate((40, 3, 17, 33, 1, 16, 9, 2)):
+        batch["attention_mask"][row, length:] = 0
+    batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, model.config.pad_token_id or 0)
+    for seed, name in enumerate("abc"):
+        infuse.attach(model, method, name)
+        wake(model, name, seed)
+    for names in (["a", "a", "b", "b", "b", "c", "a", None], ["a"] * 8, [None] * 8):
+        with torch.no_grad():
+            packed = run(model, batch, names)
+            padded = run(model, batch, names, packs=False)["last_hidden_state"]
+        assert type(packed) is dict, "the batch was not packed"
+        real = batch["attention_mask"].bool()
+        close(packed["last_hidden_state"][real], padded[real])
+
+
 def overfits(method: Method, make: Make) -> None:
     """A few hundred steps pull the outputs of a batch most of the way towards outputs of another adapter."""
     model = _model(make)
@@ -246,6 +271,7 @@ CHECKS: list[Callable[[Method, Make], None]] = [
     merge_equals_forward,
     save_then_load,
     mixed_equals_one_by_one,
+    packed_equals_padded,
     overfits,
     survives_deepcopy,
     checkpointing_changes_nothing,
