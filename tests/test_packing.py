@@ -42,7 +42,8 @@ def test_rows_go_together_and_apart(lengths, left):
     packed = Packed({"input_ids": numbers, "attention_mask": mask}, numbers)
     rows = packed.batch["input_ids"][:, 0]
     count = sum(lengths)
-    assert len(rows) % packing.STEP == 0 and len(rows) - count < packing.STEP
+    assert len(rows) % 32 == 0 and len(rows) - count < max(32, count / 16)
+    assert len({n + -n % packing.step(n) for n in range(1, 4097)}) == 64
     assert torch.equal(rows[:count], numbers[mask.bool()])
     assert packed.owners[:count].tolist() == [text for text, n in enumerate(lengths) for _ in range(n)]
     together = packed.together(rows)

@@ -103,7 +103,7 @@ def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bo
         key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
         bank, slots = call.banks.slots(key, group.adapters, stacked)
         if direct and _pays(group, bank, given):
-            p = _taken(bank, slots_at(slots, call.h.device))
+            p = _taken(bank, slots_at(tuple(slots[i] for i in group.runs), call.h.device))
             return recipe.adds, _by_adapter(recipe, group, p, given, fixed)
         p = _taken(bank, group.index(slots))
     run = partial(recipe.part, fixed=fixed)
@@ -124,19 +124,19 @@ def _pays(group: Group, bank: Parameters, given: Mapping[str, Tensor]) -> bool:
     if "pays" not in group.found:
         size = sum(value[0].numel() for p in (bank[0], *bank[1]) for value in p.values())
         copied = sum(value[0].numel() for value in given.values()) * 2 * group.table.numel()
-        group.found["pays"] = len(group.adapters) * size + copied < len(group.which) * size
+        group.found["pays"] = len(group.runs) * size + copied < len(group.which) * size
     return group.found["pays"]
 
 
 def _by_adapter(
     recipe: Recipe, group: Group, p: Parameters, given: Mapping[str, Tensor], fixed: Mapping[str, Any]
 ) -> Tensor:
-    """All rows of an adapter as one long row: methods know no positions."""
-    adapters, most = group.table.shape
+    """Rows of an adapter as one long row: methods know no positions."""
+    runs, width = group.table.shape
     flat = group.table.flatten()
-    long = {n: v.index_select(0, flat).reshape(adapters, most * v.shape[1], -1) for n, v in given.items()}
+    long = {n: v.index_select(0, flat).reshape(runs, width * v.shape[1], -1) for n, v in given.items()}
     new = recipe.part(p, long, fixed)
-    return new.reshape(adapters * most, -1, new.shape[-1]).index_select(0, group.places)
+    return new.reshape(runs * width, -1, new.shape[-1]).index_select(0, group.places)
 
 
 def run_copies(

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from infuse.arch import Arch
 
-STEP = 32
-"""Rows are filled up to a multiple of this: the matrix library prepares itself for every number of rows it meets."""
 SPARED = 64
 """Padding from which on packing is faster, if it is also a tenth of the batch (docs/decisions.md)."""
 WIDTHS = tuple(16 * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 4096))
@@ -40,7 +38,7 @@ class Packed:
     def __init__(self, batch: Mapping[str, Tensor], positions: Int[Tensor, "texts longest"]):
         self.real: Bool[Tensor, "texts longest"] = batch["attention_mask"].bool()
         at = self.real.flatten().nonzero()[:, 0]
-        at = torch.cat([at, at[-1:].expand(-len(at) % STEP)])
+        at = torch.cat([at, at[-1:].expand(-len(at) % step(len(at)))])
         given = {**batch, "position_ids": positions}
         self.batch = {name: value.flatten()[at].unsqueeze(1) for name, value in given.items()}
         # A mask of four dimensions passes transformers as it is; attention makes one that fits.
@@ -93,6 +91,11 @@ class Packed:
         """The rows as the padded batch has them, with any in place of padding."""
         tokens = (self.real.flatten().cumsum(0) - 1).clamp(min=0)
         return x.index_select(0, tokens).view(*self.real.shape, *x.shape[1:])
+
+
+def step(rows: int) -> int:
+    """So many rows are filled up to a multiple of this: the matrix library prepares for every number that it meets."""
+    return max(32, 2 ** (rows.bit_length() - 1) // 16)
 
 
 class _Current(local):

@@ -21,8 +21,8 @@ from infuse.method import Mixer
 from infuse.packing import current as current_packed
 from infuse.sites import Site
 
-TOKENS = 16
-"""Packed rows of one adapter are filled up to a multiple of this (see :data:`infuse.packing.STEP`)."""
+TOKENS, RUNS = 32, 4
+"""Packed rows of one adapter run together, so many at a time; the number of runs is a multiple."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class Group:
     """Rows of a batch whose adapters run as one: same methods, same shapes, different parameters.
 
     ``adapters`` are the different ones, each with the version of its parameters, and ``which`` says whose each row is.
-    Rows that lie side by side are a slice, which copies nothing. Tables are as wide as a multiple of ``step``.
+    Rows that lie side by side are a slice, which copies nothing. ``width`` is that of the table; 0: of the adapter with
+    the most rows.
     """
 
     kind: Any
     adapters: dict[Adapter, int]
     rows: slice | Int[Tensor, " rows"]
     which: Int[Tensor, " rows"]
-    step: int = 1
+    width: int = 0
     found: dict[Any, Any] = field(default_factory=dict)
 
     def index(self, slots: tuple[int, ...]) -> slice | Int[Tensor, " rows"]:
@@ -49,19 +50,32 @@ class Group:
         return self.found[slots]
 
     @cached_property
-    def table(self) -> Int[Tensor, "adapters most"]:
-        """The rows of every adapter; those with fewer than the most, rounded up, repeat one."""
-        own: list[list[int]] = [[] for _ in self.adapters]
-        for row, adapter in enumerate(self.which.tolist()):
-            own[adapter].append(row)
-        most = -(-max(map(len, own)) // self.step) * self.step
-        return torch.tensor([rows + rows[:1] * (most - len(rows)) for rows in own], device=self.which.device)
+    def table(self) -> Int[Tensor, "runs width"]:
+        """Runs of rows of one adapter each, its last ones filled up with another of its rows; see ``runs``."""
+        rows, _ = self._cut
+        return torch.tensor(rows, device=self.which.device)
+
+    @property
+    def runs(self) -> list[int]:
+        """The adapter of every run of the table."""
+        return self._cut[1]
 
     @cached_property
     def places(self) -> Int[Tensor, " rows"]:
         """Where each row stands in the table."""
-        places = {row: place for place, row in enumerate(self.table.flatten().tolist())}
+        places = {row: place for place, row in enumerate(row for run in self._cut[0] for row in run)}
         return torch.tensor([places[row] for row in range(len(self.which))], device=self.which.device)
+
+    @cached_property
+    def _cut(self) -> tuple[list[list[int]], list[int]]:
+        own: list[list[int]] = [[] for _ in self.adapters]
+        for row, adapter in enumerate(self.which.tolist()):
+            own[adapter].append(row)
+        width = self.width or max(map(len, own))
+        runs = [(adapter, rows[i : i + width]) for adapter, rows in enumerate(own) for i in range(0, len(rows), width)]
+        if self.width:
+            runs += runs[:1] * (-len(runs) % RUNS)
+        return [rows + rows[:1] * (width - len(rows)) for _, rows in runs], [adapter for adapter, _ in runs]
 
 
 @dataclass(eq=False)
@@ -72,19 +86,21 @@ class Mixed:
     levels: "list[Route] | None" = None
     plans: dict[Any, list[Group]] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
-    alike: dict[frozenset[tuple[str, Any]], tuple[Adapter, list[int]]] = field(default_factory=dict)
+    alike: list[tuple[Adapter, list[int]]] = field(default_factory=list)
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
         if not self.alike:
             signatures = {name: adapters[name].signature for name in dict.fromkeys(self.names) if name is not None}
+            alike: dict[Any, tuple[Adapter, list[int]]] = {}
             for row, name in enumerate(self.names):
                 if name is not None:
-                    self.alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
-        kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike.values())
+                    alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
+            self.alike = list(alike.values())
+        kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike)
         if (kinds, device) not in self.plans:  # most sites share one plan
             rows: dict[Any, list[int]] = {}
-            for kind, (_, own) in zip(kinds, self.alike.values(), strict=True):
+            for kind, (_, own) in zip(kinds, self.alike, strict=True):
                 if kind is not None:
                     rows.setdefault(kind, []).extend(own)
             groups = [self._group(adapters, k, sorted(r), device) for k, r in rows.items()]
@@ -108,7 +124,7 @@ class Mixed:
             at = slice(first, last)
         else:
             at = torch.tensor(rows, device=device)
-        return Group(kind, versions, at, which, TOKENS if current_packed() else 1)
+        return Group(kind, versions, at, which, TOKENS if current_packed() else 0)
 
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
