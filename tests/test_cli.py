@@ -390,6 +390,18 @@ def test_mistakes_in_training(place, flags, message, capsys, monkeypatch):
     refuse(f"{usual} {flags}".format(**place).split(), message, capsys, monkeypatch)
 
 
+def test_a_run_whose_weights_are_tied_is_not_merged(place, capsys, monkeypatch):
+    def opened(*args, **kwargs):
+        predictor = open_run(*args, **kwargs)
+        first, second = predictor.base.model.encoder.layer
+        second.attention.self.query.weight = first.attention.self.query.weight
+        return predictor
+
+    monkeypatch.setattr("infuse.export.open_run", opened)
+    pair = "encoder.layer.0.attention.self.query shares its weight with encoder.layer.1.attention.self.query"
+    refuse(["merge", str(place["run"]), "out"], pair, capsys, monkeypatch)
+
+
 @pytest.mark.parametrize("content, message", YAMLS.items())
 def test_mistakes_in_yaml(place, content, message, capsys, monkeypatch):
     with open("settings.yaml", "w") as file:

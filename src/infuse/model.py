@@ -21,7 +21,7 @@ from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, make, spelled
 from infuse.recipe import kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
-from infuse.sites import Site, arch_of, find_sites, model_type, overlap, select, stack_layers
+from infuse.sites import Site, arch_of, find_sites, model_type, overlap, select, stack_layers, tied
 from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
 
 
@@ -345,15 +345,26 @@ def merge(model: nn.Module, name: str) -> None:
     """Fold an adapter into the base weights, so that it costs nothing at inference; :func:`unmerge` undoes it exactly.
 
     The originals of the changed weights are kept aside (as much memory again as these weights take).
+
+    Raises:
+        InfuseError: the method depends on the input, an adapter is merged already, or a weight is tied to another
+            module's, which would change too.
     """
     store = store_of(model)
-    model = owner_of(model)
+    outer, model = model, owner_of(model)
     adapter = store[name]
     if store.merged is not None:
         raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
     if not adapter.method.mergeable:
         why = "its delta depends on the input, not on a weight" if adapter.sites else "it has no delta"
         raise InfuseError(f"{type(adapter.method).__name__} can't be merged: {why}.")
+    changed = [site.module for site in adapter.sites.values()]
+    changed += [model.get_submodule(path.replace("/", ".")) for path in adapter.copies]
+    if pair := tied(outer.named_modules(memo={store}), changed):
+        raise InfuseError(
+            f"Adapter {name!r} can't be merged: {pair[0]} shares its weight with {pair[1]}, which would change too; "
+            "use the adapter unmerged, or give the two weights of their own before you attach it."
+        )
     with torch.no_grad():
         for site in adapter.sites.values():
             weight, bias = _merged(adapter, site)

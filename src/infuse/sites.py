@@ -136,6 +136,23 @@ def overlap(sites: Iterable[Site]) -> list[str]:
     return []
 
 
+def tied(model: Iterable[tuple[str, nn.Module]], modules: Iterable[nn.Module]) -> list[str]:
+    """Paths of one of ``modules`` and of another module of ``model`` with the same parameter; empty if all have theirs.
+
+    A module that runs in several places, as ALBERT's layers do, is one module.
+    """
+    users: dict[nn.Parameter, dict[nn.Module, str]] = {}
+    for path, module in model:
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, {})[module] = path
+    for module in modules:
+        own = set(module.modules())
+        for parameter in module.parameters():
+            if others := [path for user, path in users[parameter].items() if user not in own]:
+                return [next(path for user, path in users[parameter].items() if user in own), others[0]]
+    return []
+
+
 def check_roles(roles: Iterable[str]) -> None:
     """Raise :class:`InfuseError` for a role that no architecture has."""
     for role in roles:
