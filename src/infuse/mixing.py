@@ -175,4 +175,5 @@ def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     own = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     out = module(*own, **kwargs)
     # A norm hands on the trunk's dtype, which the next module needs; a head's logits keep their precision.
-    return out.to(args[0].dtype) if isinstance(out, Tensor) and out.shape == args[0].shape else out
+    given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+    return out.to(given.dtype) if isinstance(out, Tensor) and given is not None and out.shape == given.shape else out
