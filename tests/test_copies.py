@@ -1,17 +1,19 @@
 """Trained copies of the base's modules, and weights that modules share."""
 
+import copy
 import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Cache
 
 import infuse
 from infuse import InfuseError, LoRA
-from infuse.adapter import build
+from infuse.adapter import build, key
 from infuse.model import attach_at
 from infuse.sites import find_sites, site_at
-from infuse.testing import inputs, tiny, wake
+from infuse.testing import TINY, inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
 
@@ -57,3 +59,68 @@ def test_a_copy_of_a_module_that_runs_several_times_is_merged():
     expected = output(model, inputs(model))
     infuse.merge(model, "a")
     close(output(model, inputs(model)), expected)
+
+
+def called(model):
+    """Paths of the modules that a forward pass calls, and of those that it gives a key-value cache."""
+    seen, cached, handles = set(), set(), []
+    for path, module in model.named_modules():
+
+        def note(module, args, kwargs, path=path):
+            seen.add(path)
+            if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+                cached.add(path)
+
+        handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    output(model, inputs(model))
+    for handle in handles:
+        handle.remove()
+    return seen, cached
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_copy_stands_in_for_its_module_or_is_refused(kind):
+    model, other = tiny(kind), tiny(kind)
+    batch = inputs(model)
+    seen, cached = called(other)
+    bare = output(model, batch)
+    for path, module in list(other.named_modules()):
+        if not path or re.search(r"\.[1-9]\.", path) or not list(module.parameters()):
+            continue
+        try:
+            adapter = infuse.attach(model, "head", "a", trained=[path])
+        except InfuseError as error:
+            assert f"its own copy of {path}: " in str(error) and not hasattr(model, "infuse")
+            # A decoder makes the cache that it is not given: such a copy is right outside of generation.
+            assert path not in seen - cached or path == "decoder", path
+            continue
+        wake(model, "a")
+        other.set_submodule(path, copy.deepcopy(adapter.copies[key(path)]).eval())
+        close(output(model, batch), output(other, batch))
+        other.set_submodule(path, module)
+        infuse.detach(model)
+    assert torch.equal(output(model, batch), bare)
+
+
+@pytest.mark.parametrize(
+    "kind, target, saved, message",
+    [("deberta-v2", "query_proj", "rel_embeddings", "encoder.rel_embeddings: the model reads its weight"),
+     ("bart", "fc1", "encoder_attn", "encoder_attn: the original's call fills the key-value cache"),
+     ("t5", "wo", "EncDecAttention", "EncDecAttention: the original's call fills the key-value cache"),
+     ("llama", "down_proj", "self_attn", "self_attn: the original's call fills the key-value cache")],
+)  # fmt: skip
+def test_a_file_with_a_copy_that_can_not_act_is_refused(kind, target, saved, message, tmp_path):
+    config = LoraConfig(target_modules=[target], modules_to_save=[saved])
+    get_peft_model(tiny(kind), config).save_pretrained(tmp_path)
+    model = tiny(kind)
+    with pytest.raises(InfuseError, match=message):
+        infuse.load(model, tmp_path, name="a")
+    assert not hasattr(model, "infuse") and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_list_of_modules_has_no_copy():
+    model = tiny("bert")
+    infuse.attach(model, "lora", "a")
+    with pytest.raises(InfuseError, match=re.escape("copy of encoder.layer: a ModuleList is never called; name the")):
+        infuse.attach(model, "lora", "b", trained=["encoder.layer"])
+    assert list(model.infuse.adapters) == ["a"]

@@ -1,6 +1,7 @@
 """Deltas and adapters: the modules that hold everything Infuse trains."""
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params
 from infuse.sites import Site
@@ -144,6 +146,28 @@ def copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
         module.requires_grad_(True)
         made[key(path)] = module.float()
     return made
+
+
+def check_copies(model: nn.Module, paths: Iterable[str], arch: Arch) -> None:
+    """Refuse copies that can't stand in for their modules: hooks call a copy after the original, with its arguments."""
+    for path in paths:
+        module = model.get_submodule(path)
+        if type(module).forward is nn.Module.forward:
+            why = f"a {type(module).__name__} is never called; name the modules in it"
+        elif any(f".{path}".endswith(f".{each}") for each in arch.uncalled):
+            why = "the model reads its weight and never calls it; train an adapter without that copy"
+        elif _caches(module):
+            why = "the original's call fills the key-value cache before the copy's; name the modules in it"
+        else:
+            continue
+        raise InfuseError(f"An adapter can't have its own copy of {path}: {why}.")
+
+
+def _caches(module: nn.Module) -> bool:
+    """Whether a call may write to a key-value cache that it was given; the attention of encoders says it does not."""
+    takers = [m for m in module.modules() if "past_key_values" in inspect.signature(type(m).forward).parameters]
+    decoding = [m.is_decoder for m in takers if hasattr(m, "is_decoder")]
+    return module in takers and (any(decoding) or not decoding)
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -74,12 +74,14 @@ class Arch:
     Attributes:
         packs: whether rows without padding give the same hidden states (see :mod:`infuse.packing`): all tokens of a
             text see each other, positions are absolute, and nothing but attention looks at other tokens.
+        uncalled: paths of modules whose weights the model reads without calling them.
     """
 
     types: tuple[str, ...]
     stacks: tuple[Stack, ...]
     pooling: str = "mean"
     packs: bool = False
+    uncalled: tuple[str, ...] = ()
 
 
 def _bert(query="query", key="key", value="value") -> dict[str, str]:
@@ -165,6 +167,7 @@ ARCHS = [
                 shared_inputs={"attention.self": ("hidden_states", "attention_mask", "query_states")},
             ),
         ),
+        uncalled=("encoder.rel_embeddings",),
     ),
     Arch(
         ("distilbert",),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, build, classification_head, copies, key
+from infuse.adapter import Adapter, build, check_copies, classification_head, copies, key
 from infuse.arch import Arch
 from infuse.banks import Banks
 from infuse.calls import forget_residuals
@@ -207,9 +207,11 @@ def attach_at(
     if trained is None:
         trained = classification_head(outer) or classification_head(model)
     own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])
+    arch = store.arch if store else arch or arch_of(model)
+    check_copies(model, [path.replace("/", ".") for path in (*adapter.copies, *own)], arch)
     adapter.kinds = kinds(store.adapters if store else {}, adapter)  # type: ignore[arg-type]  # of adapters
     if store is None:
-        store = model.infuse = Infused(model, arch or arch_of(model))
+        store = model.infuse = Infused(model, arch)
         store.train(model.training)
         for parameter in _base_parameters(model):
             parameter.requires_grad_(adapter.method.unfreezes)
