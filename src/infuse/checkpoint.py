@@ -24,6 +24,12 @@ from infuse.errors import InfuseError, listed
 from infuse.formats import adapterhub, peft
 from infuse.formats.bundle import (
     CONFIG,
+    HUB_FUSION,
+    HUB_FUSION_WEIGHTS,
+    HUB_HEAD,
+    HUB_HEAD_WEIGHTS,
+    HUB_WEIGHTS,
+    PICKLED,
     WEIGHTS,
     Bundle,
     fitted,
@@ -136,13 +142,13 @@ def load(
 def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
     """What a folder holds, matched to a model's sites; the model is not touched."""
     model, folder = owner_of(model), Path(path)
-    if (folder / adapterhub.FUSION_CONFIG).is_file() or adapterhub.tensors_path(folder, adapterhub.WEIGHTS).is_file():
+    if (folder / HUB_FUSION).is_file() or adapterhub.tensors_path(folder, HUB_WEIGHTS).is_file():
         return _read_adapterhub(model, folder, _sites(model, arch))
     if not folder.is_dir():
         raise InfuseError(f"There is no folder {folder}; give the folder that holds {CONFIG} and {WEIGHTS}.")
     weights = folder / WEIGHTS
-    if not weights.exists() and (folder / "adapter_model.bin").exists():
-        weights = folder / "adapter_model.bin"
+    if not weights.exists() and (folder / PICKLED).exists():
+        weights = folder / PICKLED
     tensors, metadata = read_tensors(weights)
     if HEADER in metadata:
         return _matched(model, tensors, metadata, weights, arch, any_base)
@@ -280,7 +286,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     facts["head"] |= head
     facts["info"] |= info
     tensors, metadata = parse_tensors(content, weights)
-    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})})
+    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})}, whole=False)
 
 
 def _facts(text: str) -> dict[str, Any]:
@@ -365,13 +371,13 @@ def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: di
 
 def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundle:
     def parse() -> Bundle:
-        if (folder / adapterhub.FUSION_CONFIG).is_file():
-            config = read_json(folder / adapterhub.FUSION_CONFIG)
-            tensors, _ = read_tensors(adapterhub.tensors_path(folder, adapterhub.FUSION_WEIGHTS))
+        if (folder / HUB_FUSION).is_file():
+            config = read_json(folder / HUB_FUSION)
+            tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_FUSION_WEIGHTS))
             return adapterhub.read_fusion(model, sites, tensors, config)
-        tensors, _ = read_tensors(adapterhub.tensors_path(folder, adapterhub.WEIGHTS))
-        bundle = adapterhub.read(model, sites, tensors, read_json(folder / adapterhub.CONFIG))
-        head = adapterhub.tensors_path(folder, adapterhub.HEAD_WEIGHTS)
+        tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_WEIGHTS))
+        bundle = adapterhub.read(model, sites, tensors, read_json(folder / CONFIG))
+        head = adapterhub.tensors_path(folder, HUB_HEAD_WEIGHTS)
         if head.is_file():
             bundle.copies = adapterhub.read_head(model, sites, read_tensors(head)[0])
         return bundle
@@ -407,12 +413,12 @@ def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, 
 def _adapterhub_files(model: nn.Module, adapter: Adapter, members: list[Adapter]) -> dict[str, bytes]:
     sites, model = store_of(model).sites, owner_of(model)
     if members:
-        names = (adapterhub.FUSION_CONFIG, adapterhub.FUSION_WEIGHTS[0])
+        names = (HUB_FUSION, HUB_FUSION_WEIGHTS[0])
         parts = {names: adapterhub.write_fusion(model, adapter, members)}
     else:
-        parts = {(adapterhub.CONFIG, adapterhub.WEIGHTS[0]): adapterhub.write(model, sites, adapter)}
+        parts = {(CONFIG, HUB_WEIGHTS[0]): adapterhub.write(model, sites, adapter)}
     if adapter.copies:  # before the adapter, whose weights are replaced last
-        parts = {(adapterhub.HEAD_CONFIG, adapterhub.HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)} | parts
+        parts = {(HUB_HEAD, HUB_HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)} | parts
     if adapter.head is not None:
         message = f"AdapterHub's files have no place for Infuse's head of {adapter.name!r}; it is left out."
         warnings.warn(message, stacklevel=4)

@@ -26,10 +26,6 @@ from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
 from infuse.sites import Site, match_path, model_type, site_at
 
-CONFIG, FUSION_CONFIG, HEAD_CONFIG = "adapter_config.json", "adapter_fusion_config.json", "head_config.json"
-WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
-FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
-HEAD_WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 _LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 _KINDS = re.compile(r"(?:^|\.)(adapters|loras|shared_parameters|adapter_fusion_layer)\.")
 _CONTAINERS = {

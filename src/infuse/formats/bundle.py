@@ -19,8 +19,16 @@ from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params
 from infuse.sites import Site
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
+HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
+HUB_HEAD, HUB_HEAD_WEIGHTS = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
+HUB_FUSION = "adapter_fusion_config.json"
+HUB_FUSION_WEIGHTS = ("model_adapter_fusion.safetensors", "pytorch_model_adapter_fusion.bin")
+FILES = frozenset(
+    (WEIGHTS, PICKLED, CONFIG, *HUB_WEIGHTS, HUB_HEAD, *HUB_HEAD_WEIGHTS, HUB_FUSION, *HUB_FUSION_WEIGHTS)
+)
+"""Every file that an adapter may have, in any format: one that a save leaves behind would be read with the new ones."""
 
 
 @dataclass
@@ -122,10 +130,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True) -> None:
     """Write files into a folder so that a reader sees each old or new, whole; the last one is replaced last.
 
-    A new folder appears complete or not at all.
+    A new folder appears complete or not at all. If the files are a ``whole`` adapter, those of an earlier one that are
+    not among them go before the last is replaced, so that it is never read with them; files of others stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
@@ -141,8 +150,12 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             staging.chmod(0o755)
             staging.rename(folder)
             return
-        for name in files:
+        *others, last = files
+        for name in others:
             os.replace(staging / name, folder / name)
+        for name in FILES.difference(files) if whole else ():
+            (folder / name).unlink(missing_ok=True)
+        os.replace(staging / last, folder / last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
