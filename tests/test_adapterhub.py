@@ -32,6 +32,7 @@ KINDS = [
 METHODS = [
     Bottleneck.houlsby(), Bottleneck.pfeiffer(reduction=4.0), Bottleneck.parallel(), Compacter(width=8),
     infuse.make("compacter++:width=8,scale=2.0"), infuse.make("phm:width=8"), LoRA(rank=3, roles=("query", "value")),
+    LoRA(rank=3, rslora=True),
 ]  # fmt: skip
 
 
@@ -51,6 +52,30 @@ def test_written_files_are_read_back(method, kind, tmp_path):
     fresh = tiny(kind)
     infuse.load(fresh, tmp_path / "hub", name="again")
     close(output(fresh, batch), output(model, batch))
+
+
+@pytest.mark.parametrize("reads", ["output", "residual"])
+def test_alberts_attention_is_written_with_what_it_reads_exchanged(reads, tmp_path):
+    """One setting serves both sublayers there: what a file of both gives is written again, and one sublayer alone."""
+    model = tiny("albert")
+    batch = inputs(model)
+    infuse.attach(model, Bottleneck.houlsby(roles=("attention_output",), reads=reads), "alone")
+    wake(model, "alone")
+    assert saved(model, tmp_path / "alone", "alone")["is_parallel"] is (reads == "output")
+    infuse.attach(model, Bottleneck.houlsby(roles=("ffn_output",), reads=reads), "other")
+    wake(model, "other", 1)
+    saved(model, tmp_path / "both", "other")
+    both = load_file(tmp_path / "both" / "adapter.safetensors")
+    tensors = load_file(tmp_path / "alone" / "adapter.safetensors")
+    tensors = {k.replace(".alone.", ".other."): v for k, v in tensors.items()}
+    save_file(both | tensors, tmp_path / "both" / "adapter.safetensors")
+    adapter = infuse.load(model, tmp_path / "both", "both")
+    assert {adapter.method_at(site).reads for site in adapter.sites.values()} == {"output", "residual"}
+    assert saved(model, tmp_path / "again", "both")["is_parallel"] is (reads == "residual")
+    for name in ("alone", "both"):
+        fresh = tiny("albert")
+        infuse.load(fresh, tmp_path / {"alone": "alone", "both": "again"}[name])
+        close(output(fresh, batch), output(model, batch, name))
 
 
 def saved(model, folder, name="task"):
@@ -183,6 +208,30 @@ def test_fusions_that_the_library_computes_otherwise_are_refused(members, messag
         infuse.attach(model, method, name)
     infuse.fuse(model, ["a", "b"])
     refused(model, tmp_path, "a,b", message)
+
+
+@pytest.mark.parametrize(
+    ("members", "adds"),
+    [
+        ((PARALLEL, PARALLEL), "residual"),
+        ((Bottleneck.pfeiffer(), PARALLEL), "residual"),
+        ((PARALLEL, Bottleneck.pfeiffer()), "residual"),
+        ((Bottleneck.pfeiffer(), Bottleneck.pfeiffer()), "output"),
+    ],
+)
+def test_fusions_as_the_library_computes_them_are_written(members, adds, tmp_path):
+    """As its files give them: all members read what the last one does, and parallel ones add it once more."""
+    model = tiny("bert")
+    batch = inputs(model)
+    for name, method in zip("ab", members, strict=True):
+        infuse.attach(model, method, name)
+        wake(model, name)
+    infuse.fuse(model, ["a", "b"], infuse.Fusion(adds=adds))
+    wake(model, "a,b")
+    infuse.save(model, "a,b", tmp_path, format="adapterhub")
+    fresh = tiny("bert")
+    infuse.load(fresh, tmp_path)
+    close(output(fresh, batch), output(model, batch))
 
 
 def test_stacks_are_refused(tmp_path):

@@ -165,13 +165,6 @@ def write(
         InfuseError: the library has no such method, or not these settings, or would make deltas that the adapter lacks.
     """
     facts = _facts(model, adapter, version)
-    if facts["model_type"] == "albert" and any(
-        s.role == "attention_output" and getattr(adapter.method_at(s), "reads", "normed") != "normed"
-        for s in adapter.sites.values()
-    ):
-        raise InfuseError(
-            "AdapterHub exchanges output and residual at ALBERT's attention; this adapter can't be written so."
-        )
     config = config_of.written(adapter, sites, facts["model_type"])
     return gathered(model, adapter), {"config": config, **facts}
 
@@ -187,19 +180,23 @@ def write_fusion(
             raise InfuseError(
                 f"AdapterHub fuses bottlenecks and Compacter, all at the same modules; {member.name!r} is not such."
             )
-    reads = {getattr(member.method_at(site), "reads", "") for member in members for site in member.sites.values()}
-    if len(reads) > 1 or "residual" in reads:
-        raise InfuseError(
-            "AdapterHub's fusions have all members read what the last one does, and add the residual twice if that is "
-            f"parallel: members that read {listed(sorted(reads))} can't be written."
-        )
+    facts = _facts(model, adapter, version)
+    own: Any
+    for site in adapter.sites.values():
+        own, theirs = adapter.method_at(site), config_of.fusion(site, facts["model_type"])
+        mixed = tuple(member.method_at(site) for member in members)
+        if own.mixed(mixed) != theirs.mixed(mixed) or own.adds_query(mixed) != theirs.adds_query(mixed):
+            reads = listed(sorted({getattr(member, "reads", "") for member in mixed}))
+            raise InfuseError(
+                "AdapterHub's fusions have all members read what the last one does, and add the residual twice if that "
+                f"is parallel: members that read {reads} can't be written."
+            )
     settings = {
         "dropout_prob": None, "key": True, "query": True, "query_before_ln": False, "regularization": True,
         "residual_before": False, "temperature": False, "value": True, "value_before_softmax": True,
         "value_initialized": True,
     }  # fmt: skip
-    facts = {"adapter_names": list(adapter.members), "config": settings, **_facts(model, adapter, version)}
-    return gathered(model, adapter), facts
+    return gathered(model, adapter), {"adapter_names": list(adapter.members), "config": settings, **facts}
 
 
 def write_head(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Configurations of AdapterHub: presets, options, and what they mean as a method of Infuse."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -120,9 +121,7 @@ def at(
     down = next((found[k] for k in ("adapter_down.0.bias", "adapter_down.0.b") if k in found), None)
     if down is not None and len(down) != method_width(method, site):
         method = replace(method, width=len(down))
-    if _exchanged(kind, site):
-        method = replace(method, reads={"output": "residual", "residual": "output"}.get(method.reads, method.reads))
-    return method
+    return _exchange(method, kind, site)
 
 
 def fusion(site: Site, kind: str) -> Fusion:
@@ -132,6 +131,13 @@ def fusion(site: Site, kind: str) -> Fusion:
 
 def _exchanged(kind: str, site: Site) -> bool:
     return kind == "albert" and site.role == "attention_output"
+
+
+def _exchange(method: Any, kind: str, site: Site) -> Any:
+    """A method as the other library calls it: what it reads has the other's name where that exchanges the two."""
+    if not _exchanged(kind, site):
+        return method
+    return replace(method, reads={"output": "residual", "residual": "output"}.get(method.reads, method.reads))
 
 
 def method_width(method: Bottleneck | Compacter, site: Site) -> int:
@@ -193,7 +199,13 @@ def written(adapter: Adapter, sites: Sequence[Site], kind: str) -> dict[str, Any
     if method.train_norms:
         raise InfuseError("AdapterHub's bottlenecks have no trained norms.")
     places, left_out = _placed(adapter, sites, lambda site: _PLACES.get(site.role))
-    method = _common(adapter, width=0, reduction=1.0)
+    methods = [_exchange(adapter.method_at(site), kind, site) for site in adapter.sites.values()]
+    if len({each.reads for each in methods}) > 1 and any(_exchanged(kind, site) for site in adapter.sites.values()):
+        raise InfuseError(
+            "AdapterHub exchanges output and residual at ALBERT's attention, and has one setting for both sublayers; "
+            "this adapter can't be written so."
+        )
+    method = _common(methods, width=0, reduction=1.0)
     settings = {
         **_DEFAULTS,
         **{place: place in places for place in _PLACES.values()},
@@ -218,14 +230,14 @@ def written(adapter: Adapter, sites: Sequence[Site], kind: str) -> dict[str, Any
 
 
 def _written_lora(adapter: Adapter, sites: Sequence[Site], kind: str) -> dict[str, Any]:
-    method = _common(adapter)
-    assert isinstance(method, LoRA)
-    if method.dora or method.rslora:
-        raise InfuseError("AdapterHub's LoRA has neither rsLoRA nor PEFT's DoRA.")
+    method = _common([adapter.method_at(site) for site in adapter.sites.values()])
+    if method.dora:
+        raise InfuseError("AdapterHub's LoRA does not have PEFT's DoRA.")
+    alpha = method.alpha * (math.sqrt(method.rank) if method.rslora else 1)  # the library divides it by the rank
     places, left_out = _placed(adapter, sites, lambda site: _lora_place(site, kind))
     matrices = [m for m in "qkv" if m in places]
     return {
-        **_LORA, "r": method.rank, "alpha": method.alpha, "dropout": method.dropout, "init_weights": "lora",
+        **_LORA, "r": method.rank, "alpha": alpha, "dropout": method.dropout, "init_weights": "lora",
         "leave_out": left_out, "attn_matrices": matrices, "selfattn_lora": bool(matrices),
         "intermediate_lora": "intermediate_lora" in places, "output_lora": "output_lora" in places,
         "use_gating": False, "dtype": None, "use_dora": False, "vera_d": None, "vera_b": None,
@@ -271,9 +283,9 @@ def _numbers(sites: Sequence[Site]) -> dict[tuple[str, int], int]:
     return {layer: i for i, layer in enumerate(dict.fromkeys((site.stack, site.layer) for site in sites))}
 
 
-def _common(adapter: Adapter, **free: Any) -> Any:
+def _common(methods: Sequence[Method], **free: Any) -> Any:
     """The method of all deltas, ``free`` settings set aside: the library's config has one value of all others."""
-    methods = [replace(adapter.method_at(site), roles=(), **free) for site in adapter.sites.values()]
+    methods = [replace(each, roles=(), **free) for each in methods]
     names = [f.name for f in fields(methods[0]) if len({getattr(method, f.name) for method in methods}) > 1]
     if names:
         raise InfuseError(
