@@ -199,7 +199,6 @@ PARALLEL = Bottleneck.parallel()
         ((Bottleneck.houlsby(), Bottleneck.pfeiffer()), "'a' is not such"),
         ((PARALLEL, PARALLEL), "members that read residual"),
         ((Bottleneck.houlsby(reads="normed"), Bottleneck.houlsby()), "members that read normed, output"),
-        ((Bottleneck.pfeiffer(), infuse.make("compacter++:width=8,train_norms=true")), "no trained norms"),
     ],
 )
 def test_fusions_that_the_library_computes_otherwise_are_refused(members, message, tmp_path):

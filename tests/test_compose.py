@@ -218,6 +218,21 @@ def test_stacks_use_the_one_own_module_or_are_refused(norms, tmp_path):
         infuse.stack(model, ["a", "b"])
 
 
+def test_members_of_a_fusion_have_no_own_norms(norms):
+    """A fusion runs the base's norms, with which such members were not trained; heads on top are its own anyway."""
+    model, _ = norms
+    infuse.attach(model, Bottleneck(), "headed")
+    infuse.fuse(model, ["c", "headed"])
+    with pytest.raises(infuse.InfuseError, match=r"'a' can't be fused.*copy of bert\.encoder.*no train_norms"):
+        infuse.fuse(model, ["c", "a"])
+    assert "c,a" not in store_of(model).adapters
+    bare = tiny("bert")
+    infuse.attach(bare, Bottleneck(train_norms=True), "a")
+    infuse.attach(bare, Bottleneck(), "b")
+    with pytest.raises(infuse.InfuseError, match=r"own copy of encoder\.layer\.0"):
+        infuse.fuse(bare, ["a", "b"])
+
+
 def test_own_modules_of_some_do_not_average(norms):
     model, _ = norms
     infuse.attach(model, Bottleneck(train_norms=True), "d", trained=())

@@ -118,6 +118,11 @@ class Adapter(nn.Module):
         name = key(path)
         return self.copies[name] if name in self.copies else None  # noqa: SIM401  # ModuleDict has no get
 
+    def copies_within(self, sites: Iterable[Site]) -> list[str]:
+        """Paths of the copies within the sites' layers, not on top of them."""
+        layers = tuple({f"{site.prefix}{site.layer_path}." for site in sites})
+        return [path for path in (each.replace("/", ".") for each in self.copies) if path.startswith(layers)]
+
     def extra_repr(self) -> str:
         return f"{self.name!r}, {self.method}"
 

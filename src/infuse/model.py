@@ -237,7 +237,8 @@ def fuse(
         method: ``Fusion()`` or what :func:`infuse.make` understands.
         name: the mixer's name; by default the members' names joined by commas.
     Raises:
-        InfuseError: an unknown member, fewer than two, a method that can't be mixed, no site that all members adapt.
+        InfuseError: an unknown member, fewer than two, a method that can't be mixed, trained LayerNorms, no site that
+            all members adapt.
     """
     method = make(method)
     if not isinstance(method, Mixer):
@@ -272,6 +273,11 @@ def fusable_sites(model: nn.Module, members: Sequence[str]) -> list[Site]:
         if not store[member].method.additive:
             raise InfuseError(
                 f"Adapter {member!r} can't be fused: {store[member].method.name} is not added to the activation."
+            )
+        if own := store[member].copies_within(store.sites):
+            raise InfuseError(
+                f"Adapter {member!r} can't be fused: it was trained with its own copy of {listed(own, 3)}, of which a "
+                "fusion runs the base's; train it without (no train_norms)."
             )
     common = set.intersection(*(set(store[m].sites) for m in members))
     sites = [s for s in store[members[0]].sites.values() if s.name in common]
