@@ -16,7 +16,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from infuse.checkpoint import amend, header
-from infuse.data import Rows, load_splits, read
+from infuse.data import Rows, read, splits_of
 from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
@@ -211,8 +211,7 @@ def _rows(config: CalibrateConfig) -> Rows:
     if config.data is None:
         if "data" not in trained:
             raise InfuseError(f"{config.run} has no config.yaml to find its validation rows by: give --data.")
-        names = ("validation", "test", "text", "label", "multi", "validation_fraction", "seed")
-        splits, _ = load_splits(trained["data"], **{name: trained[name] for name in names if name in trained})
+        splits, _ = splits_of(trained)
         known = header(adapter_folder(config.run))["info"].get("data_sha256")  # runs of earlier versions have none
         if known not in (None, digest_of(splits)):
             raise InfuseError(

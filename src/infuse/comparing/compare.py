@@ -20,7 +20,7 @@ from infuse.comparing.cell import LOGISTIC, Cell, Task, epochs_within, measure, 
 from infuse.comparing.probe import read_probe
 from infuse.comparing.results import report_on
 from infuse.comparing.settings import CompareConfig
-from infuse.data import load_splits
+from infuse.data import splits_of
 from infuse.errors import InfuseError
 from infuse.method import make
 from infuse.precision import dtype_of, name_of
@@ -156,10 +156,7 @@ class _Runner:
 
 
 def _task(config: CompareConfig) -> tuple[Task, list[str]]:
-    splits, warnings = load_splits(
-        config.data, validation=config.validation, test=config.test, text=config.text, label=config.label,
-        multi=config.multi, validation_fraction=config.validation_fraction, seed=config.seed,
-    )  # fmt: skip
+    splits, warnings = splits_of(vars(config))
     if config.report_on == "test" and splits.test is None:
         raise InfuseError("The data has no test split to report on; give one by --test, or report on validation.")
     return Task.of(splits, config.report_on, read_probe(config.probe)), warnings

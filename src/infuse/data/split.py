@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Collection
-from typing import TypeVar
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 from infuse.data.check import check, check_rows
 from infuse.data.read import NoSplitError, Source, has_splits, read
@@ -109,6 +109,12 @@ def load_splits(
             )
     splits = Splits(train, validated, tested)
     return splits, warnings + check(splits)
+
+
+def splits_of(settings: Mapping[str, Any]) -> tuple[Splits, list[str]]:
+    """:func:`load_splits` of the data that a command's settings name; those that it lacks keep their defaults."""
+    names = ("validation", "test", "text", "label", "multi", "validation_fraction", "seed")
+    return load_splits(settings["data"], **{name: settings[name] for name in names if name in settings})
 
 
 def _shares(rows: Rows, fraction: float, target: int, draw: random.Random) -> set[int]:

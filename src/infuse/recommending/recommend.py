@@ -10,7 +10,7 @@ import torch
 
 from infuse.bases import BaseModel, load_base, outline, tokenizer_of
 from infuse.comparing.costs import latency
-from infuse.data import Splits, load_splits
+from infuse.data import Splits, splits_of
 from infuse.errors import InfuseError
 from infuse.heads import Head
 from infuse.memory import resident
@@ -86,10 +86,7 @@ def _read(config: RecommendConfig) -> tuple[Splits | None, Task, Tokens, list[st
     """The rows, what of them costs memory, the tokens of validation, and warnings."""
     if config.data is None:
         return None, Task(config.labels, config.max_length, multi=config.multi), [], []
-    splits, warnings = load_splits(
-        config.data, validation=config.validation, text=config.text, label=config.label, multi=config.multi,
-        validation_fraction=config.validation_fraction, seed=config.seed,
-    )  # fmt: skip
+    splits, warnings = splits_of(vars(config))
     splits = replace(splits, test=None)
     tokenizer = tokenizer_of(config.base)
     train, validation = (tokenize(tokenizer, r.texts, config.max_length) for r in (splits.train, splits.validation))

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, save, setup_of
-from infuse.data import Rows, Splits, load_splits
+from infuse.data import Rows, Splits, splits_of
 from infuse.data.check import check_rows
 from infuse.errors import InfuseError, listed
 from infuse.heads import Answer, Head, answer, head_of
@@ -118,16 +118,7 @@ def train(
     folder = _prepare(config, keep)
     warnings: list[str] = []
     if splits is None:
-        splits, warnings = load_splits(
-            config.data,
-            validation=config.validation,
-            test=config.test,
-            text=config.text,
-            label=config.label,
-            multi=config.multi,
-            validation_fraction=config.validation_fraction,
-            seed=config.seed,
-        )
+        splits, warnings = splits_of(vars(config))
     for warning in warnings:
         say(f"warning: {warning}")
     digest, known = digest_of(splits), folder / CHECKPOINTS / _DIGEST

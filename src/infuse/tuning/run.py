@@ -13,7 +13,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.bases import BaseModel, load_base
-from infuse.data import Rows, Splits, load_splits
+from infuse.data import Rows, Splits, splits_of
 from infuse.errors import InfuseError
 from infuse.model import detach
 from infuse.precision import dtype_of, name_of
@@ -84,10 +84,7 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     held = Settings(precision=precision, max_length=config.max_length, seed=config.seed)  # type: ignore[arg-type]  # name_of gives one of the literals
     found = candidates(config.bases, config.methods, config.ranges, held)
     folder = _prepare(config)
-    splits, warnings = load_splits(
-        config.data, validation=config.validation, text=config.text, label=config.label, multi=config.multi,
-        validation_fraction=config.validation_fraction, seed=config.seed,
-    )  # fmt: skip
+    splits, warnings = splits_of(vars(config))
     splits = replace(splits, test=None)
     for warning in warnings:
         say(f"warning: {warning}")
