@@ -21,7 +21,7 @@ from infuse import InfuseError
 from infuse.bases import load_base
 from infuse.cli import _parse, main
 from infuse.comparing import CompareConfig, compare, costs
-from infuse.comparing.cell import LOGISTIC, digest, epochs_within
+from infuse.comparing.cell import LOGISTIC, bits, epochs_within
 from infuse.comparing.clock import Clock
 from infuse.comparing.compare import CELLS, _plan
 from infuse.comparing.probe import nearest, probe_accuracy, read_probe
@@ -172,7 +172,7 @@ def test_bytes_saved_are_those_of_unique_storages():
 
 def test_the_probe_notices_a_ruined_encoder(tiny_base, toy):
     base, probe = load_base(str(tiny_base)), read(toy)
-    before = digest(base.model)
+    before = bits(base.model)
     bare = probe_accuracy(base, probe, 64)
     infuse.attach(base.model, infuse.IA3(), "same")
     assert probe_accuracy(base, probe, 64, "same") == bare > 0.8
@@ -180,9 +180,9 @@ def test_the_probe_notices_a_ruined_encoder(tiny_base, toy):
         for value in store_of(base.model)["same"].parameters():
             value.fill_(-50.0)
     assert probe_accuracy(base, probe, 64, "same") < bare - 0.2
-    assert digest(base.model) != before
+    assert bits(base.model) != before
     infuse.detach(base.model)
-    assert digest(base.model) == before and probe_accuracy(base, probe, 64) == bare
+    assert bits(base.model) == before and probe_accuracy(base, probe, 64) == bare
 
 
 def test_a_row_is_no_neighbour_of_itself():

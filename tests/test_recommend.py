@@ -19,7 +19,7 @@ import infuse
 from infuse import InfuseError, RecommendConfig, units
 from infuse.bases import load_base, outline
 from infuse.cli import _parse, main
-from infuse.comparing.cell import digest
+from infuse.comparing.cell import bits
 from infuse.comparing.settings import every_method
 from infuse.data import read, stratified
 from infuse.data.rows import Splits
@@ -279,13 +279,13 @@ def test_the_answer_is_a_command_that_trains(raced, tmp_path):
 
 def test_the_base_is_bare_after_a_race_of_finalists(tiny_base, hard):
     base = load_base(str(tiny_base))
-    before = digest(base.model)
+    before = bits(base.model)
     rows = stratified(read(hard), 0.25)
     entered = [Candidate("ia3"), Candidate("lora")]
     found = racing.race(
         base, Splits(*rows), entered, lambda c: Settings(method=c.spec, epochs=1), time.perf_counter() + 20
     )
-    assert digest(base.model) == before and not hasattr(base.model, "infuse")
+    assert bits(base.model) == before and not hasattr(base.model, "infuse")
     assert [len(each.scores) for each in found.rounds] == [2] * racing.SEEDS and found.rounds[-1].complete
     assert len({each.rows for each in found.rounds}) == 1  # all rows, other seeds
     assert found.decisive == found.rounds

@@ -1,6 +1,7 @@
 """Training: what is learnt, what is kept, and that an interrupted run ends as if nothing had happened."""
 
 import csv
+import hashlib
 import importlib
 import json
 import os
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from torch.nn import functional as F
 from transformers import BertModel, TrainerCallback
 
 import infuse
-from infuse import InfuseError
+from infuse import InfuseError, bases
 from infuse.bases import load_base
 from infuse.data import Rows, read, stratified
 from infuse.heads import Head
@@ -155,6 +158,24 @@ def test_a_head_on_weights_that_the_checkpoint_lacks_is_refused(tiny_base, tmp_p
     with pytest.raises(InfuseError, match=r"no weights of bert\.pooler\.dense.*: use the head cosine or linear"):
         load_base(str(tmp_path), labels=3)
     assert load_base(str(tmp_path)).width == base.width
+
+
+def test_packaged_weights_are_hashed_once_until_they_change(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(b"right")
+    known = bases.Packaged("some_package", "model", hashlib.sha256(b"right").hexdigest(), "demo")
+    monkeypatch.setitem(bases.PACKAGED, "a/base", known)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(bases.importlib.util, "find_spec", lambda name: spec)
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or real(path))
+    assert {bases.locate("a/base") for _ in range(3)} == {str(tmp_path / "model")}
+    assert read == [weights]
+    weights.write_bytes(b"wrong")
+    os.utime(weights, ns=(1, 1))
+    with pytest.raises(InfuseError, match="are not those of a/base"):
+        bases.locate("a/base")
 
 
 def test_class_weights():

@@ -5,6 +5,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +205,16 @@ def locate(name: str) -> str:
     if packaged is None or spec is None or not spec.submodule_search_locations:
         return name
     folder = Path(spec.submodule_search_locations[0]) / packaged.folder
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    if digest != packaged.sha256:
+    weights = folder / "model.safetensors"
+    if _sha256(weights, weights.stat().st_mtime_ns) != packaged.sha256:
         raise InfuseError(f"The weights in the package {packaged.package} are not those of {name}; reinstall it.")
     return str(folder)
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:
+    """Of a file as it was last changed: loading a base asks several times where it is."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _pooling(source: str, model_type: str) -> str:

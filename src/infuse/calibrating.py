@@ -16,13 +16,13 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from infuse.checkpoint import amend, header
-from infuse.data import Rows, read, splits_of
+from infuse.data import Rows, digest, read, splits_of
 from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
 from infuse.texts import logits, tokenize
 from infuse.training.members import adapter_folder
-from infuse.training.run import Predictor, digest_of, open_run, settings_of
+from infuse.training.run import Predictor, open_run, settings_of
 
 FEWEST = 20
 """Rows below which nothing is fitted: one of them would be more than the twentieth that is refused by default."""
@@ -213,7 +213,7 @@ def _rows(config: CalibrateConfig) -> Rows:
             raise InfuseError(f"{config.run} has no config.yaml to find its validation rows by: give --data.")
         splits, _ = splits_of(trained)
         known = header(adapter_folder(config.run))["info"].get("data_sha256")  # runs of earlier versions have none
-        if known not in (None, digest_of(splits)):
+        if known not in (None, digest(splits.train, splits.validation)):
             raise InfuseError(
                 f"{trained['data']} has changed since the run was trained, so that its validation rows can't be told "
                 "from those it was trained on: give --data with other rows."

@@ -16,7 +16,7 @@ from infuse.bases import BaseModel
 from infuse.comparing import costs
 from infuse.comparing.clock import Clock
 from infuse.comparing.probe import probe_accuracy
-from infuse.data import Rows, Splits
+from infuse.data import Rows, Splits, digest
 from infuse.model import detach, summary
 from infuse.texts import probabilities
 from infuse.training.baseline import logistic_predictions
@@ -47,8 +47,7 @@ class Task:
 
     def digest(self) -> str:
         """What identifies the rows."""
-        parts = [(rows.texts, rows.labels) for rows in (self.train, self.validation, self.reported, self.probe)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+        return digest(self.train, self.validation, self.reported, self.probe)[:32]
 
 
 def measure(
@@ -70,7 +69,7 @@ def measure(
         with_costs: measure memory, latency and what the adapter allows, too, which do not depend on the seed.
         callbacks: for progress.
     """
-    before = digest(base.model)
+    before = bits(base.model)
     bare = probe_accuracy(base, task.probe, settings.max_length)
     labels = task.train.label_set
     validation, reported = (encode(base, r, labels, settings.max_length) for r in (task.validation, task.reported))
@@ -104,7 +103,7 @@ def measure(
             "peak": costs.peak_memory(base, task.train, settings),
         }
     detach(base.model)
-    return cell | {"restored": digest(base.model) == before}
+    return cell | {"restored": bits(base.model) == before}
 
 
 def measure_logistic(base: BaseModel, task: Task, max_length: int) -> Cell:
@@ -137,7 +136,7 @@ def epochs_within(base: BaseModel, train: Rows, settings: Settings, seconds: flo
     return max(1, min(10_000, int(seconds / (step * -(-len(train) // settings.batch_size)))))
 
 
-def digest(model: nn.Module) -> str:
+def bits(model: nn.Module) -> str:
     """A hash of every bit of every parameter and buffer, and of their names."""
     sha = hashlib.sha256()
     for name, value in (*model.named_parameters(), *model.named_buffers()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class Splits:
     train: Rows
     validation: Rows
     test: Rows | None = None
+
+
+def digest(*parts: Rows) -> str:
+    """What identifies rows: a hash of their texts and labels."""
+    return hashlib.sha256(repr([(rows.texts, rows.labels) for rows in parts]).encode()).hexdigest()
 
 
 def _kind(label: object) -> str:

@@ -13,7 +13,7 @@ from infuse.adapter import Adapter
 from infuse.errors import InfuseError, listed
 from infuse.foreign import refuse_options
 from infuse.method import Method
-from infuse.methods.bottleneck import Bottleneck
+from infuse.methods.bottleneck import Bottleneck, width_at
 from infuse.methods.compacter import Compacter
 from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
@@ -119,7 +119,7 @@ def at(
 ) -> Any:
     """The method at one site: its width from the tensors, and ALBERT's exchange of output and residual."""
     down = next((found[k] for k in ("adapter_down.0.bias", "adapter_down.0.b") if k in found), None)
-    if down is not None and len(down) != method_width(method, site):
+    if down is not None and len(down) != width_at(method, site):
         method = replace(method, width=len(down))
     return _exchange(method, kind, site)
 
@@ -138,10 +138,6 @@ def _exchange(method: Any, kind: str, site: Site) -> Any:
     if not _exchanged(kind, site):
         return method
     return replace(method, reads={"output": "residual", "residual": "output"}.get(method.reads, method.reads))
-
-
-def method_width(method: Bottleneck | Compacter, site: Site) -> int:
-    return method.width or max(1, int(site.width // method.reduction))
 
 
 def keys(method: Method) -> dict[str, str]:

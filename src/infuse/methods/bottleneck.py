@@ -98,7 +98,7 @@ class Bottleneck(Method):
         return [site.norm for site in sites if site.norm is not None] if self.train_norms else []
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        width = self.width or max(1, int(site.width // self.reduction))
+        width = width_at(self, site)
         down, up = STARTS[self.start]
         params = {
             "D": started(width, site.width, down, self.start == "truncated"),
@@ -132,6 +132,11 @@ def check_bottleneck(method: Any) -> None:
             raise InfuseError(f"{type(method).__name__}'s {name} is one of {', '.join(allowed)}.")
     if method.reduction <= 0 or method.width < 0:
         raise InfuseError(f"{type(method).__name__} needs a positive reduction and a width of 0 or more.")
+
+
+def width_at(method: Any, site: Site) -> int:
+    """The width of a bottleneck at a site."""
+    return method.width or max(1, int(site.width // method.reduction))
 
 
 def check_reads(reads: str, site: Site) -> None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from infuse.errors import InfuseError
 from infuse.method import Method, Params, register
-from infuse.methods.bottleneck import SOURCES, check_bottleneck, check_reads
+from infuse.methods.bottleneck import SOURCES, check_bottleneck, check_reads, width_at
 from infuse.ops import bottleneck
 from infuse.sites import Site
 from infuse.spaces import Choice, Log
@@ -73,7 +73,7 @@ class Compacter(Method):
     def check(self, site: Site) -> None:
         super().check(site)
         check_reads(self.reads, site)
-        width = self._width(site)
+        width = width_at(self, site)
         if site.width % self.n or width % self.n:
             fits = [n for n in range(1, 17) if not site.width % n and not width % n]
             wide = self.n * max(1, round(width / self.n))
@@ -89,7 +89,7 @@ class Compacter(Method):
         return {"rule": self._rule()} if self.shared_rule else {}
 
     def init(self, site: Site) -> dict[str, Tensor]:
-        width = self._width(site)
+        width = width_at(self, site)
         params = {"b": torch.zeros(width), "c": torch.zeros(site.width)}
         for side, fan_in, fan_out in (("down", site.width, width), ("up", width, site.width)):
             i, o = fan_in // self.n, fan_out // self.n
@@ -112,9 +112,6 @@ class Compacter(Method):
         (z,) = source.values()
         out = bottleneck(z, p["D"], p["b"], p["U"], p["c"], self.activation)
         return F.dropout(out, self.dropout, training) if self.dropout else out
-
-    def _width(self, site: Site) -> int:
-        return self.width or max(1, int(site.width // self.reduction))
 
     def _rule(self, deviation: float = 1e-4) -> Tensor:
         return torch.randn(self.n, self.n, self.n) * deviation

@@ -1,6 +1,5 @@
 """One run of ``infuse train``: from a data source and a base's name to a run folder."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from transformers import TrainerCallback
 
 from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, save, setup_of
-from infuse.data import Rows, Splits, splits_of
+from infuse.data import Rows, Splits, digest, splits_of
 from infuse.data.check import check_rows
 from infuse.errors import InfuseError, listed
 from infuse.heads import Answer, Head, answer, head_of
@@ -121,12 +120,12 @@ def train(
         splits, warnings = splits_of(vars(config))
     for warning in warnings:
         say(f"warning: {warning}")
-    digest, known = digest_of(splits), folder / CHECKPOINTS / _DIGEST
+    data, known = digest(splits.train, splits.validation), folder / CHECKPOINTS / _DIGEST
     if not config.overwrite:
         ended = json.loads((folder / _METRICS).read_text()) if _ended(folder) else {}
         facts = header(folder / ADAPTER)["info"] if ended else {}
         before = known.read_text() if known.exists() else facts.get("data_sha256")  # runs of earlier versions have none
-        if before not in (None, digest):
+        if before not in (None, data):
             raise InfuseError(
                 f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
             )
@@ -148,7 +147,7 @@ def train(
     baseline = None
     if config.baseline:
         baseline = logistic_regression(base, splits.train, evaluated, config.max_length)
-    with _staged(config, digest) as new:
+    with _staged(config, data) as new:
         started = time.perf_counter()
         fitted = fit(
             base, splits.train, splits.validation, config,
@@ -183,7 +182,7 @@ def train(
             "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
             "metrics": {name: metrics[name] for name in evaluated},
             "data": config.data,
-            "data_sha256": digest,
+            "data_sha256": data,
         }
         write_model(base, method.unfreezes, new)
         if members:
@@ -329,14 +328,8 @@ def _prepare(config: TrainConfig, keep: bool) -> Path:
     return folder
 
 
-def digest_of(splits: Splits) -> str:
-    """Of the rows that a run is trained and validated on."""
-    rows = (splits.train, splits.validation)
-    return hashlib.sha256(repr([(each.texts, each.labels) for each in rows]).encode()).hexdigest()
-
-
 @contextmanager
-def _staged(config: TrainConfig, digest: str) -> Iterator[Path]:
+def _staged(config: TrainConfig, data: str) -> Iterator[Path]:
     """A folder for what a run makes, put into the run's own once all is made: an older run stays until then."""
     folder = config.folder()
     begun = folder / CHECKPOINTS
@@ -346,7 +339,7 @@ def _staged(config: TrainConfig, digest: str) -> Iterator[Path]:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     (begun / _CONFIG).write_text(as_yaml(config))
-    (begun / _DIGEST).write_text(digest)
+    (begun / _DIGEST).write_text(data)
     try:
         yield new
     except Exception as error:

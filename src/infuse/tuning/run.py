@@ -1,6 +1,5 @@
 """One run of ``infuse tune``: trials over bases that are loaded once, then the best run, the tables and the plots."""
 
-import hashlib
 import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.bases import BaseModel, load_base
-from infuse.data import Rows, Splits, splits_of
+from infuse.data import Splits, digest, splits_of
 from infuse.errors import InfuseError
 from infuse.model import detach
 from infuse.precision import dtype_of, name_of
@@ -92,7 +91,7 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     _check_sites(bases, found)
     say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, each base loaded once")
 
-    settings = {**found.described(), "rows": {n: _digest(getattr(splits, n)) for n in ("train", "validation")}}
+    settings = {**found.described(), "rows": {n: digest(getattr(splits, n))[:16] for n in ("train", "validation")}}
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -266,7 +265,3 @@ def _check_sites(bases: Mapping[str, BaseModel], found: Candidates) -> None:
 def _prepare(config: TuneConfig) -> Path:
     folder = config.folder()
     return check_folder(folder, any((folder / own).exists() for own in (CONFIG, "study.db")))
-
-
-def _digest(rows: Rows) -> str:
-    return hashlib.sha256(repr((rows.texts, rows.labels)).encode()).hexdigest()[:16]
