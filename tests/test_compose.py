@@ -18,6 +18,7 @@ MEMBERS = ["houlsby", "pfeiffer", "parallel", "compacter:width=8", "lora"]
 
 def trained(kind, spec, names="abc", rows=3):
     model = tiny(kind)
+    torch.manual_seed(0)
     for seed, name in enumerate(names):
         infuse.attach(model, spec, name)
         wake(model, name, seed)

@@ -102,6 +102,32 @@ def test_a_copy_stands_in_for_its_module_or_is_refused(kind):
     assert torch.equal(output(model, batch), bare)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TINY)
+def test_a_copy_shares_a_batch_or_is_refused(kind):
+    """Modules whose output has no row for each text (relative positions, tuples) can't be put together by rows."""
+    model = tiny(kind)
+    batch, names = inputs(model), ["a", None, "a"]
+    mixed = set()
+    for path, module in list(model.named_modules()):
+        if not path or re.search(r"\.[1-9]\.", path) or not list(module.parameters()):
+            continue
+        try:
+            infuse.attach(model, "head", "a", trained=[path])
+        except InfuseError:
+            continue
+        wake(model, "a")
+        try:
+            together = output(model, batch, names)
+        except InfuseError as error:
+            assert f"The copy of {path!r} in adapter 'a' can't share a batch" in str(error)
+        else:
+            mixed.add(path)
+            close(together, torch.stack([output(model, batch, name)[row] for row, name in enumerate(names)]))
+        infuse.detach(model)
+    assert len(mixed) > 5
+
+
 @pytest.mark.parametrize(
     "kind, target, saved, message",
     [("deberta-v2", "query_proj", "rel_embeddings", "encoder.rel_embeddings: the model reads its weight"),

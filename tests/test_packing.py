@@ -137,6 +137,23 @@ def test_the_models_own_head_sees_padded_rows():
 
 
 @torch.no_grad()
+def test_trained_norms_and_poolers_keep_their_adapters():
+    model = tiny("bert")
+    choose(model)
+    infuse.attach(model, "pfeiffer:train_norms=true", "norms").head = Head("linear", ["x", "y"], 32, "mean")
+    infuse.attach(model, "lora", "a").head = Head("linear", ["x", "y"], 32, "cls")
+    infuse.attach(model, "ia3", "pooler", trained=["pooler"]).head = Head("linear", ["x", "y"], 32, "mean")
+    for seed, name in enumerate(["norms", "a", "pooler"]):
+        wake(model, name, seed)
+    batch = batch_of(model, [40, 5, 9, 20])
+    for names in (["norms", "a", "a", "norms"], ["norms", "a", "pooler", "pooler"]):
+        for row, logits in enumerate(heads.classify(model, batch, names)):
+            length = int(batch["attention_mask"][row].sum())
+            (alone,) = heads.classify(model, {k: v[row : row + 1, :length] for k, v in batch.items()}, [names[row]])
+            close(logits, alone)
+
+
+@torch.no_grad()
 def test_activations_written_in_place_leave_the_base_and_other_rows_alone(model):
     batch = batch_of(model, [7, 7, 7])
     infuse.activate(model, None)

@@ -267,7 +267,9 @@ def run(
     model: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str | None], packs: bool = True
 ) -> Mapping[str, Tensor]:
     """The output of a model for a batch with an adapter for every row; its hidden states alone where packing pays."""
-    packed = pack(model, store_of(model).arch, batch) if packs else None
+    store = store_of(model)
+    packs = packs and not any("pooler" in path for path in store.copied)  # it is spared where batches are packed
+    packed = pack(model, store.arch, batch) if packs else None
     if packed is None:
         with routed(model, names):
             return model(**batch)

@@ -159,8 +159,15 @@ def _run_copies(
         own = adapters[name].copy_of(path)
         if own is None:
             continue
+        count = len(route.names)
+        if not isinstance(output, Tensor) or not output.ndim or len(output) != count:
+            raise InfuseError(
+                f"The copy of {path!r} in adapter {name!r} can't share a batch with other adapters: what that module "
+                "gives has no row for each text. Run the rows of this adapter by themselves."
+            )
         rows = torch.tensor([i for i, n in enumerate(route.names) if n == name], device=output.device)
-        new = _call(own, tuple(a[rows] if isinstance(a, Tensor) else a for a in args), kwargs)
+        given, named = tuple(_cut(a, rows, count) for a in args), {k: _cut(v, rows, count) for k, v in kwargs.items()}
+        new = _call(own, given, named)
         if new.shape[1:] != output.shape[1:]:
             raise InfuseError(
                 f"The head {path!r} of adapter {name!r} gives {new.shape[-1]} values a row and another one in this "
@@ -168,6 +175,11 @@ def _run_copies(
             )
         out = out.index_copy(0, rows, new.to(out.dtype))
     return out
+
+
+def _cut(value: Any, rows: Tensor, count: int) -> Any:
+    """Some rows of what has a row for each text."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
 
 def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:

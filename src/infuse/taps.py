@@ -48,9 +48,9 @@ class Tap:
         if not self.inputs:
             return None
         h = args[0]
-        known = self.store.arch in ARCHS and _unwatched()
+        alone = self.store.arch in ARCHS and not self.store.copied and _unwatched()
         for site in self.inputs:
-            h = self._adapted(route, site, h, h, known and site.role == "ffn_hidden")  # which nothing else reads there
+            h = self._adapted(route, site, h, h, alone and site.role == "ffn_hidden")  # which nothing else reads there
         return (h, *args[1:]), kwargs
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
