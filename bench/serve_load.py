@@ -184,7 +184,15 @@ def subset(root: Path, names: Sequence[str], suffix: str = "") -> Path:
 
 def flags(options: argparse.Namespace) -> list[str]:
     given = ["--precision", options.precision, "--window", str(options.window), "--watch", "0"]
-    return [*given, "--threads", str(options.threads), "--resident", str(max(*options.counts, options.against))]
+    return [
+        *given,
+        "--threads",
+        str(options.threads),
+        "--workers",
+        str(options.workers),
+        "--resident",
+        str(max(*options.counts, options.against)),
+    ]
 
 
 async def everything(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -233,6 +241,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.8, help="of saturation, in the open loop")
     parser.add_argument("--seconds", type=float, default=10.0, help="of every measurement")
     parser.add_argument("--window", type=float, default=2.0, help="the server's, in milliseconds")
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server with a model each")
     parser.add_argument("--threads", type=int, default=0, help="of the server's forward passes; 0: torch's choice")
     parser.add_argument("--json")
     options = parser.parse_args()

@@ -325,7 +325,9 @@ def mix(folder: Path, options: argparse.Namespace, precision: str) -> dict[str, 
         subject.begin(next(iter(subject.versions)))
     tally = Tally(BOUNDS[precision])
     flags = ["--precision", precision, "--resident", str(options.resident), "--watch", "0.5"]
-    with serving(root, options.base, *flags, "--threads", str(options.threads)) as port:
+    with serving(
+        root, options.base, *flags, "--threads", str(options.threads), "--workers", str(options.workers)
+    ) as port:
         found = run(drive(port, root, subjects, pool, options, tally))
     passes = max(1.0, found["infuse_batch_rows_count"])
     result = {
@@ -368,6 +370,7 @@ def settings(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--changers", type=int, default=8, help="changes at one time, of different adapters")
     parser.add_argument("--texts", type=int, default=200, help="different texts")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--workers", type=int, default=1, help="processes of the server with a model each")
     parser.add_argument("--threads", type=int, default=0, help="of the server's forward passes; 0: torch's choice")
     parser.add_argument("--json")
     return parser.parse_args(arguments)

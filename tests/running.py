@@ -140,9 +140,15 @@ class Running(Client):
     @property
     def model(self) -> int:
         """The process of the model."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (found,) = (c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes())
-        return int(found)
+        (found,) = self.models
+        return found
+
+    @property
+    def models(self) -> list[int]:
+        """The processes of the models."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        children = [c for task in tasks for c in (task / "children").read_text().split()]
+        return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
     def stop(self, how: int = signal.SIGTERM, timeout: float = 30) -> int:
         """The exit code after a signal."""

@@ -42,10 +42,13 @@ asks = st.tuples(st.lists(rows, min_size=1, max_size=6), st.booleans())
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(asks, min_size=1, max_size=12), st.integers(1, 40), st.booleans(), st.sampled_from([0, 0.001]))
-def test_every_row_gets_its_own_result(requests, budget, mixed, window):
+@given(
+    st.lists(asks, min_size=1, max_size=12), st.integers(1, 40), st.booleans(), st.sampled_from([0, 0.001]),
+    st.sampled_from([1, 3]),
+)  # fmt: skip
+def test_every_row_gets_its_own_result(requests, budget, mixed, window, threads):
     model = Model()
-    batcher = Batcher(model, window=window, max_tokens=budget, mixed=mixed)
+    batcher = Batcher(model, window=window, max_tokens=budget, mixed=mixed, threads=threads)
 
     async def ask(rows):
         with batcher.reserve(len(rows)):
@@ -120,6 +123,45 @@ def test_a_full_batch_waits_for_nobody():
 
     async def main():
         await asyncio.wait_for(asyncio.gather(*(batcher.run([[1, 2]], ["a"]) for _ in range(4))), 10)
+
+    asyncio.run(main())
+    assert batcher.drain(5)
+
+
+def meeting():
+    """A model whose passes wait for another one to run beside them."""
+    both = threading.Barrier(2)
+
+    def forward(tokens, names):
+        both.wait(10)
+        return [np.array([1.0])] * len(names)
+
+    return forward
+
+
+def test_threads_run_passes_at_the_same_time():
+    batcher = Batcher(meeting(), window=0, threads=2)
+
+    async def main():
+        first = asyncio.create_task(batcher.run([[1]], ["a"]))
+        await asyncio.sleep(0.05)
+        return await asyncio.wait_for(asyncio.gather(first, batcher.run([[2]], ["b"])), 10)
+
+    assert len(asyncio.run(main())) == 2
+    assert batcher.drain(5)
+
+
+def test_rows_that_a_full_pass_leaves_go_to_another_thread():
+    batcher = Batcher(meeting(), window=0, max_tokens=2, threads=2)
+    gate = threading.Event()
+    for _ in range(2):
+        batcher.call(lambda: gate.wait(10))
+
+    async def main():
+        asked = asyncio.create_task(batcher.run([[1, 2], [3, 4]], ["a", "a"]))
+        await asyncio.sleep(0.05)
+        gate.set()
+        await asyncio.wait_for(asked, 10)
 
     asyncio.run(main())
     assert batcher.drain(5)

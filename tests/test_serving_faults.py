@@ -28,7 +28,7 @@ from infuse.bases import load_base, tokenizer_of
 from infuse.cli import main
 from infuse.errors import InfuseError
 from infuse.serving import files
-from infuse.serving.model import Apart, Here
+from infuse.serving.model import Apart, Here, Several
 
 TEXTS = ["my card was stolen", "how do I repay the loan early?"]
 
@@ -237,6 +237,48 @@ def test_a_model_apart_answers_and_fails_as_one_here_does(shelf, base, tiny_base
         assert apart.close()
     with pytest.raises(InfuseError, match="no folder"):
         Apart(str(tmp_path / "none"), "fp32")
+
+
+def test_several_models_answer_and_fail_as_one_does(shelf, base, tiny_base, tmp_path):
+    file = files.read(shelf[0] / shelf[1][1])
+    here, several = Here(base), Several(2, str(tiny_base), "fp32")
+    try:
+        tokens, names = [[2, 7, 9, 3], [2, 8, 3]], ["x", "x"]
+        for model in (here, several):
+            model.attach(file, "x")
+        assert several.config("x") == here.config("x")
+        expected = here.forward(tokens, names)
+        for _ in range(4):  # each of them in turn
+            for a, b in zip(several.forward(tokens, names), expected, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-6)
+        several.models[1].attach(file, "y")  # taken there only: all or none get it
+        with pytest.raises(InfuseError, match="already has an adapter"):
+            several.attach(file, "y")
+        with pytest.raises(InfuseError, match="Unknown adapter"):
+            several.models[0].forward(tokens, ["y", "y"])
+        several.remove("x")
+        for _ in range(2):
+            with pytest.raises(InfuseError):
+                several.forward(tokens, names)
+    finally:
+        here.remove("x")
+        assert several.close()
+    with pytest.raises(InfuseError, match="no folder"):
+        Several(2, str(tmp_path / "none"), "fp32")
+    assert not multiprocessing.active_children()
+
+
+def test_several_workers_serve_and_end_together(shelf, tiny_base, tmp_path):
+    options = ("--base", str(tiny_base), "--watch", "0", "--workers", "2")
+    with Running(shelf[0], *options, log=tmp_path / "log") as server:
+        asked = [ask_apart(server, shelf[1][i % 4], "a") for i in range(16)]
+        for thread, got in asked:
+            thread.join(20)
+            assert got[0].status == 200
+        assert len(server.models) == 2
+        os.kill(server.models[1], signal.SIGKILL)
+        assert server.process.wait(20) == 1
+        assert "model has ended by itself" in server.output and "Traceback" not in server.output
 
 
 # Passes that hang or fail

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -437,6 +438,19 @@ def test_a_folder_that_cannot_be_entered_hurts_nobody_else(server, folder, shelf
     closed.clear()
     until(lambda: state(server, "lost+found")["status"] is None)
     assert server.classify("lost+found", "hello").status == 404
+
+
+def test_a_root_that_cannot_be_read_for_a_while_is_told_once(server, folder, shelf, closed, caplog):
+    before = server.classify("ada", "hello").json
+    closed.add(folder.parent)
+    told = until(lambda: [r for r in caplog.records if "can't be read (Permission denied)" in r.getMessage()])
+    time.sleep(5 * server.config.watch)
+    again = [r for r in caplog.records if "can't be read" in r.getMessage()]
+    assert len(again) == 1 and again == told and not again[0].exc_info
+    assert server.classify("ada", "hello").json == before
+    closed.clear()
+    shutil.copytree(shelf / "other ada", folder / "new")
+    becomes(server, "new", "ready")
 
 
 def test_a_start_over_folders_that_cannot_be_entered(folder, base, closed):

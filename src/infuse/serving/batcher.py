@@ -1,4 +1,4 @@
-"""The batcher: rows of all waiting requests, whatever their adapters, in one forward pass of one model thread."""
+"""The batcher: rows of all waiting requests, whatever their adapters, in one forward pass of a model's thread."""
 
 import asyncio
 import threading
@@ -46,14 +46,15 @@ Row = tuple[Request, int]
 
 
 class Batcher:
-    """One thread that owns the model: it runs forward passes, and between them the changes to the model.
+    """The threads that own the model: they run forward passes, and between them the changes to the model.
 
     Args:
-        forward: probabilities of rows under their adapters; called in the model thread only.
+        forward: probabilities of rows under their adapters; called in these threads only.
         window: seconds that a row may wait for others.
         max_tokens: padded tokens of a forward pass.
         capacity: rows that may wait.
         mixed: rows of different adapters in one pass.
+        threads: passes at the same time, for a model that can run so many.
         observe: called after every pass with its rows, its different adapters and its seconds.
     """
 
@@ -65,6 +66,7 @@ class Batcher:
         max_tokens: int = 4096,
         capacity: int = 4096,
         mixed: bool = True,
+        threads: int = 1,
         observe: Callable[[int, int, float], None] = lambda rows, adapters, seconds: None,
     ):
         self.forward = forward
@@ -73,11 +75,14 @@ class Batcher:
         self.queue: deque[Row] = deque()
         self.jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
         self.reserved = 0
-        self.rate = 1000.0  # rows a second, as lately seen
+        self.rate = 1000.0  # rows a second of a thread, as lately seen
         self.stopping = self.ended = False
         self.changed = threading.Condition()
-        self.thread = threading.Thread(target=self._work, name="infuse-model", daemon=True)
-        self.thread.start()
+        self.threads = [
+            threading.Thread(target=self._work, name=f"infuse-model-{i}", daemon=True) for i in range(threads)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     @contextmanager
     def reserve(self, rows: int) -> Iterator[None]:
@@ -90,7 +95,7 @@ class Batcher:
             if self.stopping:
                 raise refusals.stopping()
             if self.reserved and self.reserved + rows > self.capacity:
-                raise refusals.full(self.reserved, self.reserved / self.rate)
+                raise refusals.full(self.reserved, self.reserved / (self.rate * len(self.threads)))
             self.reserved += rows
         try:
             yield
@@ -105,30 +110,32 @@ class Batcher:
             if self.ended:
                 raise refusals.stopping()
             self.queue.extend((request, i) for i in range(len(tokens)))
-            self.changed.notify()
+            self.changed.notify_all()
         try:
             return await request.answer
         finally:
             request.dead = True
 
     def call(self, job: Callable[[], Any]) -> "Future[Any]":
-        """Run ``job`` in the model thread between two passes; its result, later."""
+        """Run ``job`` in a model thread between two of its passes; its result, later."""
         future: Future[Any] = Future()
         with self.changed:
             if self.ended:
                 future.set_exception(refusals.stopping())
                 return future
             self.jobs.append((future, job))
-            self.changed.notify()
+            self.changed.notify_all()
         return future
 
     def drain(self, seconds: float) -> bool:
-        """Refuse new rows, finish those that wait, and end the thread; whether that was done in time."""
+        """Refuse new rows, finish those that wait, and end the threads; whether that was done in time."""
+        until = time.monotonic() + seconds
         with self.changed:
             self.stopping = True
-            self.changed.notify()
-        self.thread.join(seconds)
-        return not self.thread.is_alive()
+            self.changed.notify_all()
+        for thread in self.threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self.threads)
 
     def _work(self) -> None:
         try:
@@ -175,6 +182,8 @@ class Batcher:
             taken.append(row)
             tokens += len(request.tokens[i])
         self.queue.extendleft(reversed(skipped))
+        if self.queue:
+            self.changed.notify_all()
         return taken
 
     def _pass(self, rows: list[Row]) -> None:
@@ -196,20 +205,22 @@ class Batcher:
             first, second = self._run(rows[:half]), self._run(rows[half:])
             return [*first[0], *second[0]], [*first[1], *second[1]]
         seconds = time.perf_counter() - started
-        self.rate += 0.2 * (len(rows) / max(seconds, 1e-6) - self.rate)
+        with self.changed:
+            self.rate += 0.2 * (len(rows) / max(seconds, 1e-6) - self.rate)
         self.observe(len(rows), len(set(names)), seconds)
         return rows, list(found)
 
     def _finish(self, rows: list[Row], found: list[np.ndarray | Exception]) -> None:
         done: dict[asyncio.AbstractEventLoop, list[tuple[Request, Exception | None]]] = {}
-        for (request, i), value in zip(rows, found, strict=True):
-            failed = value if isinstance(value, Exception) else None
-            if failed is None:
-                request.rows[i] = value  # type: ignore[assignment]  # no exception
-            request.left -= 1
-            request.dead = request.dead or failed is not None
-            if not request.left or failed is not None:
-                done.setdefault(request.answer.get_loop(), []).append((request, failed))
+        with self.changed:  # the rows of a request may be in several passes at once
+            for (request, i), value in zip(rows, found, strict=True):
+                failed = value if isinstance(value, Exception) else None
+                if failed is None:
+                    request.rows[i] = value  # type: ignore[assignment]  # no exception
+                request.left -= 1
+                request.dead = request.dead or failed is not None
+                if not request.left or failed is not None:
+                    done.setdefault(request.answer.get_loop(), []).append((request, failed))
         for loop, requests in done.items():
             try:
                 loop.call_soon_threadsafe(_tell, requests)

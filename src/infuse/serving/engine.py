@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -13,10 +14,13 @@ from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts
 from infuse.serving.metrics import Metrics
-from infuse.serving.model import Apart, Model
+from infuse.serving.model import Model, Several
 from infuse.serving.settings import ServeConfig
 from infuse.serving.store import Served, Store
 from infuse.texts import Tokens, tokenize
+
+AT_ONCE = 2000
+"""Characters that are tokenised in the thread of the event loop: half a millisecond, some four times a hand-over."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,12 @@ class Engine:
         self.config, self.model, self.metrics = config, model, Metrics()
         self.batcher = Batcher(
             model.forward, window=config.window / 1000, max_tokens=config.max_tokens, capacity=config.queue,
-            mixed=config.mixed, observe=self.metrics.passed,
+            mixed=config.mixed, threads=config.workers, observe=self.metrics.passed,
         )  # fmt: skip
         self.store = Store(config.folder, model, self.batcher, config.resident, self.metrics.forget)
         self.metrics.follow(self.batcher, self.store)
-        self.tokenizing = ThreadPoolExecutor(1, "infuse-tokens")  # fast tokenizers can't be shared by threads
+        self.tokenizer = Lock()  # fast tokenizers can't be shared by threads
+        self.tokenizing = ThreadPoolExecutor(1, "infuse-tokens")
 
     async def classify(self, items: Sequence[tuple[str, Sequence[str]]]) -> list[Labelled]:
         """Probabilities of the texts of every item under its adapter, all of them in as few passes as fit.
@@ -59,9 +64,7 @@ class Engine:
                 with self.batcher.reserve(sum(len(texts) for _, texts in items)):
                     for name, _ in items:
                         held.append(await self.store.lease(name))
-                    tokens: Tokens = await asyncio.get_running_loop().run_in_executor(
-                        self.tokenizing, self._tokenize, [texts for _, texts in items], held
-                    )
+                    tokens = await self._tokens([texts for _, texts in items], held)
                     names = [s.inner for s, (_, texts) in zip(held, items, strict=True) for _ in texts]
                     rows = iter(await self.batcher.run(tokens, names))
         except TimeoutError:
@@ -79,13 +82,34 @@ class Engine:
         return answered
 
     async def watch(self) -> None:
-        """Follow the changes in the folder, for ever."""
+        """Follow the changes in the folder, for ever; what goes wrong is told once, until it goes well again."""
+        told = ""
         while True:
             await asyncio.sleep(self.config.watch)
             try:
                 await self.store.refresh()
-            except Exception:  # a folder that can't be read now may be there again later
-                self.metrics.log.exception("the folder %s can't be read", self.config.folder)
+                told = ""
+            except Exception as error:  # a folder that can't be read now may be there again later
+                if told != (told := str(error)):
+                    why = error.strerror if isinstance(error, OSError) else type(error).__name__
+                    self.metrics.log.warning(
+                        "the folder %s can't be read (%s); what is in memory is served as it is", self.config.folder,
+                        why, exc_info=not isinstance(error, OSError),
+                    )  # fmt: skip
+
+    async def _tokens(self, groups: Sequence[Sequence[str]], held: Sequence[Served]) -> Tokens:
+        """Token ids of all texts: here if that is done at once, else in a thread that lets other requests go on."""
+        if sum(len(text) for texts in groups for text in texts) <= AT_ONCE and self.tokenizer.acquire(blocking=False):
+            try:
+                return self._tokenize(groups, held)
+            finally:
+                self.tokenizer.release()
+
+        def wait() -> Tokens:
+            with self.tokenizer:
+                return self._tokenize(groups, held)
+
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, wait)
 
     def _tokenize(self, groups: Sequence[Sequence[str]], held: Sequence[Served]) -> Tokens:
         tokens: Tokens = []
@@ -94,8 +118,8 @@ class Engine:
         return tokens
 
 
-def open_model(config: ServeConfig) -> Apart:
-    """Load the base that the folder's adapters share, in a process of its own.
+def open_model(config: ServeConfig) -> Several:
+    """Load the base that the folder's adapters share, in processes of its own.
 
     Raises:
         InfuseError: settings that can't work; a folder that can't be read; no base is given and no adapter says
@@ -122,4 +146,4 @@ def open_model(config: ServeConfig) -> Apart:
     precisions = {each.precision for each in sound}
     trained = precisions.pop() if len(precisions) == 1 else "fp32"
     precision = trained if config.precision == "trained" else config.precision
-    return Apart(config.base or sound[0].trained_on, precision, config.threads)
+    return Several(config.workers, config.base or sound[0].trained_on, precision, config.threads)

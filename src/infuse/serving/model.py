@@ -1,10 +1,13 @@
-"""The model that answers: a base and its adapters, in this process or in one of its own."""
+"""The model that answers: a base and its adapters, in this process or in others."""
 
 import signal
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,7 +35,7 @@ class About:
 
 
 class Model(Protocol):
-    """What the batcher's thread calls, and nobody else."""
+    """What the batcher's threads call, and nobody else."""
 
     about: About
     tokenizer: PreTrainedTokenizerBase
@@ -82,20 +85,79 @@ class Here:
         return rows
 
 
+class Several:
+    """Models in processes of their own, alike, each of which runs a pass at a time.
+
+    Args:
+        count: how many.
+        name, precision: see :class:`Apart`.
+        threads: of each one's forward passes; 0: one a core less one, shared out.
+    Raises:
+        InfuseError: the base can't be loaded. (From the other functions: 503, because a process has ended.)
+    """
+
+    def __init__(self, count: int, name: str, precision: str, threads: int = 0):
+        each = threads or max(1, (torch.get_num_threads() - 1) // count)
+        with ThreadPoolExecutor(count) as starting:
+            started = [starting.submit(Apart, name, precision, each) for _ in range(count)]
+        failed = [error for each in started if (error := each.exception()) is not None]
+        self.models = [each.result() for each in started if each.exception() is None]
+        if failed:
+            self.close()
+            raise failed[0]
+        self.about, self.tokenizer = self.models[0].about, self.models[0].tokenizer
+        self.free: SimpleQueue[Apart] = SimpleQueue()
+        for model in self.models:
+            self.free.put(model)
+
+    def attach(self, file: File, name: str) -> None:
+        for done, model in enumerate(self.models):
+            try:
+                model.attach(file, name)
+            except BaseException:
+                for other in self.models[:done]:
+                    other.remove(name)
+                raise
+
+    def remove(self, name: str) -> None:
+        for model in self.models:
+            model.remove(name)
+
+    def config(self, name: str) -> dict[str, Any]:
+        return self.models[0].config(name)
+
+    def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
+        model = self.free.get()
+        try:
+            return model.forward(tokens, names)
+        finally:
+            self.free.put(model)
+
+    def wait(self) -> None:
+        """Return when one of the processes has ended."""
+        wait([model.process.sentinel for model in self.models])
+
+    def close(self) -> bool:
+        """End the processes, which have nothing left to answer; False if one had ended by itself."""
+        lived = [model.close() for model in self.models]
+        return all(lived)
+
+
 class Apart:
     """A model in a process of its own, whose forward passes never wait for Python that parses requests.
 
     Args:
         name: the base.
         precision: of its trunk.
-        threads: of a forward pass; 0: one a core, less one from three on.
+        threads: of a forward pass.
     Raises:
         InfuseError: the base can't be loaded. (From the other functions: 503, because the process has ended.)
     """
 
-    def __init__(self, name: str, precision: str, threads: int = 0):
+    def __init__(self, name: str, precision: str, threads: int = 1):
         context = get_context("spawn")  # a fork would copy the locks of torch's threads as they happen to be
         self.pipe, theirs = context.Pipe()
+        self.lock = Lock()  # a question and its answer belong together
         self.process = context.Process(target=_work, args=(theirs, name, precision, threads), daemon=True)
         resource_tracker.ensure_running()  # or its own start, a part of the next one, would undo the mask
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for the server alone
@@ -123,10 +185,6 @@ class Apart:
     def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
         return self._call("forward", tokens, names)
 
-    def wait(self) -> None:
-        """Return when the process has ended."""
-        wait([self.process.sentinel])
-
     def close(self) -> bool:
         """End the process, which has nothing left to answer; False if it had ended by itself."""
         lived = self.process.is_alive()
@@ -137,11 +195,12 @@ class Apart:
         return lived
 
     def _call(self, function: str, *given: Any) -> Any:
-        try:
-            self.pipe.send((function, given))
-        except OSError:
-            raise refusals.gone(self.process.exitcode) from None
-        return self._answer()
+        with self.lock:
+            try:
+                self.pipe.send((function, given))
+            except OSError:
+                raise refusals.gone(self.process.exitcode) from None
+            return self._answer()
 
     def _answer(self) -> Any:
         try:
@@ -158,8 +217,7 @@ def _work(pipe: Connection, name: str, precision: str, threads: int) -> None:
     """Answer calls until the other end is closed, be it because the server's process was killed."""
     for each in (signal.SIGINT, signal.SIGTERM):  # to end is the server's decision: there are requests to answer
         signal.signal(each, signal.SIG_IGN)
-    own = torch.get_num_threads()
-    torch.set_num_threads(threads or own - (own > 2))
+    torch.set_num_threads(threads)
     try:
         model = Here(load_base(name, precision=precision))
     except InfuseError as error:

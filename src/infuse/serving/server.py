@@ -13,7 +13,10 @@ from infuse.errors import InfuseError
 from infuse.serving.settings import ServeConfig, admin_token
 
 if TYPE_CHECKING:
-    from infuse.serving.model import Apart
+    from infuse.serving.model import Several
+
+
+_SWITCH = 3e-4  # seconds; by Python's own 5 ms, workers would wait for the parsing of requests several times a pass
 
 
 def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -> None:
@@ -28,6 +31,7 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
     from infuse.serving.engine import open_model
 
     logging.getLogger("infuse.serving").setLevel(logging.INFO)
+    sys.setswitchinterval(_SWITCH)
     token = admin_token()
     model = open_model(config)
     try:
@@ -39,7 +43,7 @@ def serve(config: ServeConfig, *, say: Callable[[str], None] = lambda _: None) -
         sys.exit(1)
 
 
-def _serve(config: ServeConfig, model: "Apart", token: str | None, say: Callable[[str], None]) -> None:
+def _serve(config: ServeConfig, model: "Several", token: str | None, say: Callable[[str], None]) -> None:
     import uvicorn
 
     from infuse.serving.app import create_app
@@ -59,7 +63,7 @@ def _serve(config: ServeConfig, model: "Apart", token: str | None, say: Callable
     server.run(sockets=[bound])
 
 
-def _end_with(model: "Apart", server: Any) -> None:
+def _end_with(model: "Several", server: Any) -> None:
     """Stop serving when the model's process has ended: whoever watches this one starts it anew."""
     model.wait()
     server.should_exit = True

@@ -62,8 +62,10 @@ class ServeConfig:
     """Texts of a request."""
     max_characters: int = 20_000
     """Characters of a text (an adapter's own limit of tokens cuts it further)."""
+    workers: int = 1
+    """Processes with a model each, for passes at the same time; each takes the memory of the base and the adapters."""
     threads: int = 0
-    """Threads of a forward pass; 0: one a core, and from three cores on one less, for what parses requests."""
+    """Threads of a forward pass; 0: one a core less one (for what parses requests), shared out among the workers."""
     drain: float = 30.0
     """Seconds to answer what is in flight when the server is told to stop."""
     log_texts: bool = False
@@ -83,5 +85,5 @@ class ServeConfig:
 
 _AT_LEAST = {
     "port": 0, "window": 0, "max_tokens": 1, "queue": 1, "deadline": 0.01, "resident": 1, "watch": 0, "max_body": 64,
-    "max_file": 64, "max_texts": 1, "max_characters": 1, "threads": 0, "drain": 0,
+    "max_file": 64, "max_texts": 1, "max_characters": 1, "workers": 1, "threads": 0, "drain": 0,
 }  # fmt: skip
