@@ -306,6 +306,10 @@ def test_summary_counts_what_is_trained():
     assert counts.adapters["b"] == {"query": 4 * 64, "value": 4 * 64}
     assert (counts.deltas("a"), counts.total("a"), counts.total("b")) == (224, 323, 512)
     assert f"a: 224 parameters in the transformer ({100 * 224 / plain:.3f} % of base)" in str(counts)
+    assert f"base model: {plain:,} parameters, frozen" in str(counts)
+    infuse.detach(model)
+    infuse.attach(model, "full", "whole", trained=())
+    assert infuse.summary(model).deltas("whole") == plain and "frozen" not in str(infuse.summary(model))
 
 
 def test_a_head_alone_leaves_the_base_bare():

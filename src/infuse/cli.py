@@ -149,12 +149,23 @@ def _summary(config: SummaryConfig) -> None:
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
         console.out.print(str(summary(open_run(config.target).base.model)))
         return
-    model, rows = skeleton(config.target), []
+    model, rows, unfit = skeleton(config.target), [], []
     total = sum(p.numel() for p in model.parameters())
     for method in map(make, config.methods or registry()):
-        adapter = attach(model, method, "counted", layers=config.layers)
-        rows.append((spelled(method), len(adapter.sites), summary(model).deltas("counted")))
+        if method.name in ("fusion", "stack"):
+            raise InfuseError(f"{method.name} builds on trained adapters, whose parameters count; give other methods.")
+        try:
+            adapter = attach(model, method, "counted", layers=config.layers)
+        except InfuseError as error:
+            if config.methods:
+                raise
+            unfit.append(error)
+            rows.append((spelled(method), str(error)))
+            continue
+        rows.append((spelled(method), (len(adapter.sites), summary(model).deltas("counted"))))
         detach(model)
+    if len(unfit) == len(rows):  # the fault of the base or the layers
+        raise unfit[0]
     console.show_counts(config.target, total, rows)
 
 

@@ -288,13 +288,18 @@ def show_sites(base: str, sites: Sequence[Site]) -> None:
     out.print(table)
 
 
-def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, int, int]]) -> None:
-    """Method, sites and trained parameters on one base."""
+def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, tuple[int, int] | str]]) -> None:
+    """Methods with their sites and trained parameters on one base, or with the reason why they don't fit it."""
     table = Table(title=f"{base}: {parameters:,} parameters", title_justify="left")
     for column in ("method", "sites", "trained in the transformer", "% of base"):
         table.add_column(column, justify="left" if column == "method" else "right")
-    for method, sites, count in rows:
-        table.add_row(method, str(sites), f"{count:,}", f"{100 * count / parameters:.3f}")
+    if any(isinstance(counted, str) for _, counted in rows):
+        table.add_column("why it does not fit", overflow="fold", ratio=1)
+    for method, counted in rows:
+        if isinstance(counted, str):
+            table.add_row(method, "–", "–", "–", counted)
+        else:
+            table.add_row(method, str(counted[0]), f"{counted[1]:,}", f"{100 * counted[1] / parameters:.3f}")
     out.print(table)
 
 

@@ -402,7 +402,8 @@ class Summary:
     base: int
     """Number of parameters of the base model."""
     adapters: dict[str, dict[str, int]]
-    """Adapter → role → number of trained parameters; ``shared``, ``head`` and copied modules stand beside the roles."""
+    """Adapter → role → number of trained parameters; ``shared``, ``head`` (copied modules too) and, where all of it is
+    trained, ``base`` stand beside the roles."""
 
     def total(self, adapter: str) -> int:
         """Trained parameters of one adapter, its head included."""
@@ -413,7 +414,8 @@ class Summary:
         return sum(n for role, n in self.adapters[adapter].items() if role != "head")
 
     def __str__(self) -> str:
-        lines = [f"base model: {self.base:,} parameters, frozen"]
+        frozen = not any("base" in roles for roles in self.adapters.values())
+        lines = [f"base model: {self.base:,} parameters{', frozen' if frozen else ''}"]
         for name, roles in self.adapters.items():
             inside = self.deltas(name)
             lines.append(
@@ -426,16 +428,17 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """Trained parameters per adapter and role, beside those of the base."""
     store = store_of(model)
+    base = sum(p.numel() for p in _base_parameters(owner_of(model)))
     counts: dict[str, dict[str, int]] = {}
     for name in store.adapters:
         adapter = store[name]
-        roles: dict[str, int] = {}
+        roles: dict[str, int] = {"base": base} if adapter.method.unfreezes else {}
         for site in adapter.sites.values():
             roles[site.role] = roles.get(site.role, 0) + _count(adapter.deltas[key(site.name)])
         roles |= {"shared": n} if (n := _count(adapter.shared)) else {}
         head = _count(adapter.copies) + (_count(adapter.head) if adapter.head else 0)
         counts[name] = roles | ({"head": head} if head else {})
-    return Summary(sum(p.numel() for p in _base_parameters(owner_of(model))), counts)
+    return Summary(base, counts)
 
 
 def _base_parameters(model: nn.Module) -> list[nn.Parameter]:

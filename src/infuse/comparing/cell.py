@@ -78,14 +78,13 @@ def measure(
         return decide(probabilities(base.model, tokens, base.pad_id, ADAPTER), task.train.multi)
 
     clock = Clock(lambda: overall(validation.targets.numpy(), predict(validation.tokens)), limit)
-    fitted = fit(base, task.train, task.validation, settings, name=ADAPTER, callbacks=[clock, *callbacks])
+    fit(base, task.train, task.validation, settings, name=ADAPTER, callbacks=[clock, *callbacks])
     predicted = predict(reported.tokens)
-    counts, whole = summary(base.model), fitted.adapter.method.unfreezes
-    trained = counts.total(ADAPTER) + (counts.base if whole else 0)
+    counts = summary(base.model)
     cell: Cell = {
         **overall(reported.targets.numpy(), predicted),
         "parameters": {
-            "trained": trained,
+            "trained": counts.total(ADAPTER),
             "head": counts.adapters[ADAPTER].get("head", 0),
             "base": counts.base,
         },

@@ -97,7 +97,7 @@ def cost(base: BaseModel, settings: Settings, task: Task, *, tasks: int = 1, lim
     try:
         counts = summary(base.model)
         whole = adapter.method.unfreezes
-        inside = counts.base if whole else counts.deltas(ADAPTER)
+        inside = counts.deltas(ADAPTER)
         head = counts.adapters[ADAPTER].get("head", 0)
         weights = sum(p.numel() * p.element_size() for n, p in base.model.named_parameters() if "infuse." not in n)
         with Ledger(base.model):
