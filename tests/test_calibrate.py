@@ -252,6 +252,14 @@ def test_by_default_the_runs_own_validation_rows(run, capsys):
     assert header(run / "adapter")["info"]["calibration"]["data"] == "the run's validation rows"
 
 
+@pytest.mark.parametrize("content", ["data: [", "data: 5", "- data", "seed: 1"])
+def test_without_a_whole_config_rows_have_to_be_given(run, files, content, capsys):
+    (run / "config.yaml").write_text(content)
+    with pytest.raises(InfuseError, match=r"no whole config\.yaml .* give --data"):
+        calibrate(CalibrateConfig(run))
+    assert calibrate(CalibrateConfig(run, data=str(files / "fresh.csv"))).rows > 20
+
+
 def test_a_run_whose_data_has_changed_has_no_validation_rows(run, toy, tmp_path):
     changed, settings = tmp_path / "changed.csv", run / "config.yaml"
     changed.write_text(toy.read_text() + "where is my card,card_lost\n")
@@ -313,7 +321,7 @@ def test_multi_label_adapters_get_a_temperature_only(several, capsys):
 
 
 MISTAKES = {
-    "nowhere": "give --data",
+    "nowhere": "no folder nowhere",
     "nowhere --data fresh.csv": "nowhere",
     "{run}/adapter": "give --data",
     "{run} --data {toy}": "trained on",

@@ -22,6 +22,7 @@ from infuse import LoRA
 from infuse.bases import load_base
 from infuse.cli import COMMANDS, main
 from infuse.data import read
+from infuse.method import registry
 from infuse.model import store_of
 from infuse.training.run import open_run
 
@@ -188,8 +189,17 @@ def test_summary_counts_methods_and_runs(tiny_base, run, capsys):
     assert "224" not in shown and " 112 " in shown and " 512 " in shown
     total = sum(p.numel() for p in AutoModel.from_pretrained(tiny_base).parameters())
     assert f"{total:,} parameters" in " ".join(shown.split())
+    shown = " ".join(here(capsys, "summary", tiny_base, "--methods", "full", "head").split())
+    assert f"full │ 0 │ {total:,} │ 100.000" in shown and "head │ 0 │ 0 │ 0.000" in shown
     shown = here(capsys, "summary", run)
     assert "512 parameters in the transformer" in shown and "query" in shown and "head" in shown
+
+
+def test_summary_shows_the_methods_that_fit_and_why_others_do_not(tiny_base, monkeypatch, capsys):
+    monkeypatch.setattr("infuse.console.out.width", 150)
+    rows = {line.split()[1]: line for line in here(capsys, "summary", tiny_base).splitlines() if line.startswith("│")}
+    assert set(registry()) <= set(rows) and " 224 " in rows["ia3"]
+    assert "–" in rows["compacter"] and "must divide 32" in rows["compacter"]
 
 
 def test_sites_shows_every_role(tiny_base):
@@ -336,8 +346,28 @@ YAMLS = {
     "method: {{name: lora, rank: two}}": "rank",
 }
 OTHERS = {
-    "evaluate nowhere --data {toy}": "nowhere",
+    "evaluate nowhere --data {toy}": "There is no folder nowhere; give a run folder",
     "evaluate full --data {toy}": "adapter_model.safetensors",
+    "evaluate . --data {toy}": "give a run folder in it, such as headless",
+    "evaluate one.csv --data {toy}": "one.csv is a file; give a run folder",
+    "calibrate nowhere": "There is no folder nowhere; give a run folder",
+    "calibrate full": "adapter_model.safetensors",
+    "calibrate one.csv": "is a file",
+    "calibrate cut": "interrupted",
+    "fuse {run} nowhere --base {base} --data {toy}": "There is no folder nowhere; give a run folder",
+    "fuse {run} full --base {base} --data {toy}": "adapter_model.safetensors",
+    "fuse {run} cut --base {base} --data {toy}": "interrupted",
+    "average {run} nowhere": "There is no folder nowhere; give a run folder",
+    "average one.csv {run}": "is a file",
+    "average cut {run}": "interrupted",
+    "merge full out": "adapter_model.safetensors",
+    "merge cut out": "interrupted",
+    "serve nowhere": "no folder nowhere",
+    "serve one.csv": "one.csv",
+    "summary one.csv": "is a file",
+    "summary cut": "interrupted",
+    "summary {base} --methods compacter": "must divide",
+    "summary {base} --methods fusion": "builds on trained adapters",
     "evaluate cut --data {toy}": "interrupted",
     "evaluate torn --data {toy}": "truncated",
     "evaluate headless --data {toy}": "no classification head",

@@ -292,6 +292,24 @@ def test_other_settings_and_other_rows_are_refused(quick, tmp_path, hard):
     assert len(compare(replace(quick, overwrite=True)).cells) == 2
 
 
+def test_damaged_settings_are_told_and_damaged_cells_run_again(quick):
+    quick = replace(quick, methods=("head",), seeds=1)
+    found = compare(quick)
+    path = quick.folder() / "config.yaml"
+    whole = path.read_text()
+    for content in (b"epochs: [", b"- epochs", b"", b"epochs", b"\xff\x00"):
+        path.write_bytes(content)
+        with pytest.raises(InfuseError, match=r"config\.yaml is damaged.*--out.*--overwrite"):
+            compare(quick)
+    path.write_text(whole)
+    for cell, content in zip((quick.folder() / CELLS).iterdir(), ("[1]", "{}"), strict=True):
+        cell.write_text(content)
+    again = compare(quick).cells
+    assert [cell["predicted"] for cell in again] == [cell["predicted"] for cell in found.cells]
+    path.write_text("- epochs")
+    assert len(compare(replace(quick, overwrite=True)).cells) == 2
+
+
 def test_a_method_that_fails_stops_no_other(quick, monkeypatch):
     module = sys.modules["infuse.comparing.compare"]
     measure = module.measure

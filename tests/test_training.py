@@ -350,6 +350,24 @@ def test_an_interrupted_run_is_not_resumed_on_other_data(tiny_base, toy, tmp_pat
     assert train(settings).metrics["resumed"]
 
 
+DAMAGED = [b"epochs: [", b"- epochs", b"", b"epochs", b"\xff\x00", b"[" * 5000]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=lambda content: repr(content[:9]))
+def test_damaged_settings_of_an_interrupted_run_are_told(tiny_base, toy, tmp_path, monkeypatch, content):
+    settings = config(tiny_base, toy, tmp_path / "run")
+    with monkeypatch.context() as patch, pytest.raises(CutError):
+        cut(patch, 7)
+        train(settings)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "config.yaml").write_bytes(content)
+    before = sorted(checkpoints.iterdir())
+    with pytest.raises(InfuseError, match=r"config\.yaml is damaged.*--out.*--overwrite"):
+        train(settings)
+    assert sorted(checkpoints.iterdir()) == before
+    assert train(replace(settings, epochs=1, overwrite=True)).metrics["epochs"] == 1
+
+
 @pytest.mark.parametrize("at", [3, 6, 17, 23, "end"])
 def test_any_interruption_can_be_resumed(tiny_base, toy, reference, tmp_path, monkeypatch, at):
     settings = config(tiny_base, toy, tmp_path / "run")

@@ -195,6 +195,10 @@ def locate(name: str) -> str:
     """The folder or hub id behind a name; packaged weights are checked against their SHA-256."""
     if Path(name).is_dir():
         return name
+    if Path(name).is_file():
+        raise InfuseError(
+            f"{name} is a file; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)})."
+        )
     if name.startswith((".", "/", "~")):
         raise InfuseError(
             f"There is no folder {name!r}; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)})."

@@ -21,8 +21,8 @@ from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
 from infuse.texts import logits, tokenize
-from infuse.training.members import adapter_folder
-from infuse.training.run import Predictor, open_run, settings_of
+from infuse.training.members import saved_adapter
+from infuse.training.run import Predictor, data_of, open_run
 
 FEWEST = 20
 """Rows below which nothing is fitted: one of them would be more than the twentieth that is refused by default."""
@@ -88,7 +88,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
         raise InfuseError(f"--keep must be above 0 and at most 1, not {config.keep:g}.")
     if config.keep is not None and config.out_of_scope is not None:
         raise InfuseError("Give --keep or --out-of-scope, not both: either alone decides the threshold.")
-    rows = _rows(config)
+    adapter = saved_adapter(config.run)
+    rows = _rows(config, adapter)
     outside = None
     if config.out_of_scope is not None:
         outside = read(config.out_of_scope, text=config.text, split=config.split, labelled=False)
@@ -100,7 +101,7 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     found = _fit(predictor, rows, outside, config)
     told = {k: v for k, v in asdict(found).items() if k not in ("temperature", "threshold")}  # those: in the head
     amend(
-        adapter_folder(config.run),
+        adapter,
         head={"temperature": found.temperature, "threshold": found.threshold},
         info={"calibration": told},
     )
@@ -206,13 +207,13 @@ def _decisions(probabilities: np.ndarray, targets: np.ndarray, multi: bool) -> t
     return np.maximum(probabilities, 1 - probabilities), (probabilities >= 0.5) == targets.astype(bool)
 
 
-def _rows(config: CalibrateConfig) -> Rows:
-    trained = settings_of(config.run)
+def _rows(config: CalibrateConfig, adapter: Path) -> Rows:
+    trained = data_of(config.run)
     if config.data is None:
-        if "data" not in trained:
-            raise InfuseError(f"{config.run} has no config.yaml to find its validation rows by: give --data.")
+        if not trained:
+            raise InfuseError(f"{config.run} has no whole config.yaml to find its validation rows by: give --data.")
         splits, _ = splits_of(trained)
-        known = header(adapter_folder(config.run))["info"].get("data_sha256")  # runs of earlier versions have none
+        known = header(adapter)["info"].get("data_sha256")  # runs of earlier versions have none
         if known not in (None, digest(splits.train, splits.validation)):
             raise InfuseError(
                 f"{trained['data']} has changed since the run was trained, so that its validation rows can't be told "
@@ -220,7 +221,7 @@ def _rows(config: CalibrateConfig) -> Rows:
             )
         rows = splits.validation
     else:
-        same = "data" in trained and Path(config.data).resolve() == Path(trained["data"]).resolve()
+        same = bool(trained) and Path(config.data).resolve() == Path(trained["data"]).resolve()
         if same and (config.split == "train" or not has_splits(config.data)):
             raise InfuseError(
                 f"The run was trained on rows of {config.data}, where it looks surer than it is: leave out --data to "

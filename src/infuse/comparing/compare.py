@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainerCallback
 
 from infuse.bases import BaseModel, load_base, skeleton
@@ -26,7 +25,7 @@ from infuse.method import make
 from infuse.precision import dtype_of, name_of
 from infuse.report import Report, write
 from infuse.sites import find_sites, select
-from infuse.training.run import as_yaml, check_folder
+from infuse.training.run import as_yaml, changed, check_folder
 from infuse.units import duration
 
 CELLS, _CONFIG = "cells", "config.yaml"
@@ -188,24 +187,22 @@ def _prepare(config: CompareConfig) -> None:
     check_folder(folder, known)
     if known and config.overwrite:
         shutil.rmtree(folder / CELLS)
-    elif known:
-        before = yaml.safe_load((folder / _CONFIG).read_text()) or {}
-        now = yaml.safe_load(as_yaml(config))
-        changed = [name for name in now if name not in _GROWS and before.get(name) != now[name]]
-        if changed:
-            raise InfuseError(
-                f"{folder} holds a comparison with other settings ({', '.join(changed)}); "
-                "repeat them to go on with it, choose another --out, or pass --overwrite."
-            )
+    elif known and (others := changed(config, folder / _CONFIG, _GROWS)):
+        raise InfuseError(
+            f"{folder} holds a comparison with other settings ({', '.join(others)}); "
+            "repeat them to go on with it, choose another --out, or pass --overwrite."
+        )
     (folder / CELLS).mkdir(parents=True, exist_ok=True)
     (folder / _CONFIG).write_text(as_yaml(config))
 
 
 def _finished(folder: Path, key: Key, task: Task) -> Cell | None:
-    """The cell on disk, unless it failed or is not there."""
+    """The cell on disk, unless it failed, is damaged or is not there."""
     try:
         cell = json.loads(key.path(folder).read_text())
     except (OSError, ValueError):
+        return None
+    if not isinstance(cell, dict) or "rows" not in cell:
         return None
     if cell["rows"] != task.digest():
         raise InfuseError(f"The data has changed since {folder} was begun; choose another --out, or pass --overwrite.")

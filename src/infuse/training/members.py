@@ -17,6 +17,7 @@ from infuse.calls import mixing_weights
 from infuse.checkpoint import header, load
 from infuse.data import Rows
 from infuse.errors import InfuseError
+from infuse.formats.bundle import WEIGHTS
 from infuse.model import check_name, route
 from infuse.texts import batches, pad, tokenize, trunk
 from infuse.training.plots import heat_map
@@ -26,16 +27,32 @@ ATTENTION = ("fusion_layers", "fusion_classes")
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an interrupted run."""
+    """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an unfinished run."""
     folder = Path(path)
     if (folder / CHECKPOINTS).exists():
-        raise InfuseError(f"The run in {folder} was interrupted; run the same infuse train command again to finish it.")
+        raise InfuseError(
+            f"The run in {folder} still trains or was interrupted; wait for it, or give its command again to finish it."
+        )
     return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
+def saved_adapter(path: str | Path) -> Path:
+    """:func:`adapter_folder`, or an error that says what is there instead of an adapter."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
+        raise InfuseError(f"{what}; give a run folder, or an adapter's folder.")
+    adapter = adapter_folder(folder)
+    if not (adapter / WEIGHTS).is_file():
+        inside = sorted(folder.glob(f"*/{WEIGHTS}")) or sorted(folder.glob(f"*/{ADAPTER}/{WEIGHTS}"))
+        hint = f" in it, such as {folder / inside[0].relative_to(folder).parts[0]}" if inside else ""
+        raise InfuseError(f"{adapter} holds no {WEIGHTS}; give a run folder{hint}, or an adapter's folder.")
+    return adapter
 
 
 def load_members(model: nn.Module, runs: Sequence[Path]) -> list[str]:
     """Attach the adapters of run folders under the names that :func:`member_names` gives them."""
-    folders = [adapter_folder(run) for run in runs]
+    folders = [saved_adapter(run) for run in runs]
     for folder in folders:
         header(folder)
     names = member_names(folders)

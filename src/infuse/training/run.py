@@ -32,8 +32,8 @@ from infuse.training.members import (
     ADAPTER,
     ATTENTION,
     CHECKPOINTS,
-    adapter_folder,
     load_members,
+    saved_adapter,
     write_attention,
     write_csv,
 )  # fmt: skip
@@ -122,9 +122,10 @@ def train(
         say(f"warning: {warning}")
     data, known = digest(splits.train, splits.validation), folder / CHECKPOINTS / _DIGEST
     if not config.overwrite:
-        ended = json.loads((folder / _METRICS).read_text()) if _ended(folder) else {}
+        ended = _metrics(folder) if _ended(folder) else {}
         facts = header(folder / ADAPTER)["info"] if ended else {}
-        before = known.read_text() if known.exists() else facts.get("data_sha256")  # runs of earlier versions have none
+        # Runs of earlier versions tell no digest.
+        before = known.read_text(errors="replace") if known.exists() else facts.get("data_sha256")
         if before not in (None, data):
             raise InfuseError(
                 f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
@@ -155,7 +156,7 @@ def train(
         )  # fmt: skip
         seconds = time.perf_counter() - started
         counts = summary(base.model)
-        inside = counts.base if method.unfreezes else counts.deltas(ADAPTER)
+        inside = counts.deltas(ADAPTER)
         metrics: dict[str, Any] = {
             "method": config.method,
             "base": config.base,
@@ -234,8 +235,7 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
         base: the base to use, if it is not found under the name that was used in training.
         precision: of the trunk; by default the one in which the adapter was trained and measured.
     """
-    folder = Path(path)
-    adapter = adapter_folder(folder)
+    folder, adapter = Path(path), saved_adapter(path)
     facts = header(adapter)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {adapter} has no classification head; it can't label texts.")
@@ -260,15 +260,25 @@ def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[d
     return overall(targets, predicted), per_class(targets, predicted, predictor.labels)
 
 
-def settings_of(run: str | Path) -> dict[str, Any]:
-    """What ``config.yaml`` in a run folder says; empty for an adapter's own folder."""
-    path = Path(run) / _CONFIG
-    if not path.is_file():
-        return {}
+def data_of(run: str | Path) -> dict[str, Any]:
+    """Where ``config.yaml`` in a run folder says that its rows come from; empty if it is damaged or not there."""
+    found = read_settings(Path(run) / _CONFIG) or {}
+    names = ("data", "validation", "test", "text", "label", "multi", "validation_fraction", "seed")
+    about = {name: found[name] for name in names if name in found}
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        raise InfuseError(f"{path} is no longer what infuse train wrote; give --data.") from None
+        TrainConfig(**about).check()
+    except InfuseError:
+        return {}
+    return about if "data" in about else {}
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What a file of :func:`as_yaml` says; ``None`` if it is damaged."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def as_yaml(config: Any) -> str:
@@ -283,11 +293,19 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def changed(config: TrainConfig) -> list[str]:
-    """The settings that differ from those of the run in the folder."""
-    before = yaml.safe_load(config_file(config.folder()).read_text()) or {}
-    now = yaml.safe_load(as_yaml(config))
-    return [name for name in now if name not in ("out", "overwrite") and before.get(name) != now[name]]
+def changed(config: Any, path: Path, free: Sequence[str] = ("out", "overwrite")) -> list[str]:
+    """The settings that differ from those that the same command wrote into a file, but for those that may.
+
+    Raises:
+        InfuseError: the file is damaged.
+    """
+    before, now = read_settings(path), yaml.safe_load(as_yaml(config))
+    if before is None:
+        raise InfuseError(
+            f"{path} is damaged, so that nobody can tell which settings it had; choose another --out, or pass "
+            "--overwrite."
+        )
+    return [name for name in now if name not in free and before.get(name) != now[name]]
 
 
 def config_file(folder: Path) -> Path:
@@ -312,15 +330,23 @@ def _ended(folder: Path) -> bool:
     return (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists()
 
 
+def _metrics(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / _METRICS).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise InfuseError(f"{folder / _METRICS} is damaged; choose another --out, or pass --overwrite.") from None
+
+
 def _prepare(config: TrainConfig, keep: bool) -> Path:
     folder = config.folder()
     known = config_file(folder).exists()
     check_folder(folder, known or _ended(folder))
     if config.overwrite and known:
         return folder
-    if _ended(folder) and not (keep and known and not changed(config)):
+    written = config_file(folder)
+    if _ended(folder) and not (keep and known and not changed(config, written)):
         raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
-    if (folder / CHECKPOINTS).exists() and known and (others := changed(config)):
+    if (folder / CHECKPOINTS).exists() and known and (others := changed(config, written)):
         raise InfuseError(
             f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
             "repeat them to resume it, choose another --out, or pass --overwrite."

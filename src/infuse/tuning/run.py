@@ -18,7 +18,17 @@ from infuse.model import detach
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.training.fit import fit
-from infuse.training.run import Run, Say, TrainConfig, as_yaml, changed, check_folder, config_file, train
+from infuse.training.run import (
+    Run,
+    Say,
+    TrainConfig,
+    as_yaml,
+    changed,
+    check_folder,
+    config_file,
+    read_settings,
+    train,
+)  # fmt: skip
 from infuse.training.settings import Settings
 from infuse.tuning.config import TuneConfig
 from infuse.tuning.space import Candidates, candidates
@@ -245,7 +255,9 @@ def _best(study: "optuna.Study") -> "optuna.trial.FrozenTrial":
 def _train_again(config: TrainConfig, folder: Path, bases: Mapping[str, BaseModel], splits: Splits) -> Run:
     """The run folder of the best trial; one of the same settings that is there already is kept."""
     wanted = replace(config, out=folder)
-    wanted = replace(wanted, overwrite=config_file(folder).exists() and bool(changed(wanted)))
+    path = config_file(folder)
+    other = path.exists() and (read_settings(path) is None or bool(changed(wanted, path)))
+    wanted = replace(wanted, overwrite=other)
     base = bases[config.base]
     if next(base.model.parameters()).dtype != dtype_of(config.precision):  # the trial of a worker of another machine
         base = load_base(config.base, precision=config.precision)
