@@ -69,6 +69,7 @@ def files(tmp_path_factory):
         with (folder / f"{name}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *table])
     write_rows(folder / "other.csv", ("card_lost", "cash_deposit"))
+    (folder / "blank.csv").write_text((folder / "outside.csv").read_text() + " ,x\n")
     return folder
 
 
@@ -336,6 +337,7 @@ MISTAKES = {
     "{run} --data fresh.csv --keep 0.9 --out-of-scope outside.csv": "not both",
     "{run} --data fresh.csv --out-of-scope nope.csv": "nope.csv",
     "{run} --data fresh.csv --out-of-scope few.csv": "20 texts or more",
+    "{run} --data fresh.csv --out-of-scope blank.csv": "1 text in blank.csv is empty (row",
     "{run} --data fresh.csv --base ./nowhere": "no folder",
 }
 

@@ -380,6 +380,7 @@ OTHERS = {
     "evaluate {run} --data {toy} --base ./nowhere": "no folder",
     "predict {run}": "no text",
     "predict {run} --data bare.csv": "no text",
+    "predict {run} --data hole.csv": "Text 2 of 3 is blank: fill or leave it out.",
     "predict {run} --data {toy} --text body": "no column 'body'",
     "predict {run} --data half.jsonl": "Text 2 ('a \\ud83d') is not valid Unicode",
     "predict {run} hello --data {toy}": "not both",
@@ -455,6 +456,11 @@ def test_headers_that_make_no_sense(run, changes, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("arguments, message", OTHERS.items())
 def test_mistakes_elsewhere(place, arguments, message, capsys, monkeypatch):
     refuse(arguments.format(**place).split(), message, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("texts", [[""], [" "], ["hello", "\t", "card", ""]], ids=repr)
+def test_blank_texts_are_refused_as_a_server_does(place, texts, capsys, monkeypatch):
+    refuse(["predict", str(place["run"]), *texts], "blank: fill or leave", capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as the locale is UTF-8 or C

@@ -5,6 +5,7 @@ labelled rows that were not trained on (Guo et al. 2017, arXiv:1706.04599); belo
 means that no label fits (Hendrycks & Gimpel 2017, arXiv:1610.02136).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from infuse.checkpoint import amend, header
 from infuse.data import Rows, digest, read, splits_of
+from infuse.data.check import check_texts
 from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
@@ -92,8 +94,8 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     rows = _rows(config, adapter)
     outside = None
     if config.out_of_scope is not None:
-        outside = read(config.out_of_scope, text=config.text, split=config.split, labelled=False)
-        outside = [text for text in outside.texts if text.strip()]
+        outside = read(config.out_of_scope, text=config.text, split=config.split, labelled=False).texts
+        check_texts(outside, config.out_of_scope)
         _enough(len(outside), f"{config.out_of_scope} has", "texts")
     predictor = open_run(config.run, config.base)
     if predictor.multi and not (outside is None and config.keep is None):
@@ -162,7 +164,7 @@ def _below(confidence: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(confidence), thresholds, side="left") / len(confidence)
 
 
-def _fit(predictor: Predictor, rows: Rows, outside: list[str] | None, config: CalibrateConfig) -> Calibration:
+def _fit(predictor: Predictor, rows: Rows, outside: Sequence[str] | None, config: CalibrateConfig) -> Calibration:
     encoded, head, multi = predictor.encoded(rows), predictor.head, predictor.multi
 
     def raw(tokens: list[list[int]]) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from infuse.bases import BaseModel
 from infuse.data.check import is_unicode
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 from infuse.heads import apply, head_of, pool
 from infuse.model import route
 from infuse.sites import model_type
@@ -22,9 +22,12 @@ TOKENS = 4096
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tokens:
-    """Token ids of every text, special tokens included, cut at ``max_length``."""
+    """Token ids of every text, special tokens included, cut at ``max_length``; an error for a text that is blank."""
     if not texts:
         return []
+    if blank := [number for number, text in enumerate(texts, 1) if not text.strip()]:
+        what = f"Text {blank[0]} of {len(texts)} is" if len(blank) == 1 else f"Texts {listed(blank)} are"
+        raise InfuseError(f"{what} blank: fill or leave {'it' if len(blank) == 1 else 'them'} out.")
     for number, text in enumerate(texts, 1):
         if not is_unicode(text):
             raise InfuseError(f"Text {number} ({text[:40]!r}) is not valid Unicode: give it as UTF-8, or leave it out.")

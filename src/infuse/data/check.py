@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from infuse.data.rows import Rows, Splits
 from infuse.errors import InfuseError, listed
@@ -42,23 +43,26 @@ def check_rows(rows: Rows, name: str) -> None:
         raise InfuseError(f"{name} has no rows: give it at least one text with its label.")
     if rows.labels is None:
         raise InfuseError(f"{name} has no labels: give one for every text.")
-    empty = (
-        ("text", (isinstance(text, str) and bool(text.strip()) for text in rows.texts)),
-        ("label", (all(labels) for labels in rows.label_sets())),
-    )
-    broken = (
-        ("text", (is_unicode(text) for text in rows.texts)),
-        ("label", (all(map(is_unicode, labels)) for labels in rows.label_sets())),
-    )
-    for how, mend, parts in (("empty", "fill", empty), ("not valid Unicode", "correct", broken)):
-        for what, good in parts:
-            where = [i for i, fine in enumerate(good, 1) if not fine]
-            if where:
-                raise InfuseError(
-                    f"{_count(len(where), what)} in {name} {_are(where)} {how} "
-                    f"({'row' if len(where) == 1 else 'rows'} {listed(where, 10)}): remove or {mend} "
-                    f"{'it' if len(where) == 1 else 'them'}."
-                )
+    check_texts(rows.texts, name)
+    _refuse("label", (all(labels) for labels in rows.label_sets()), "empty", "fill", name)
+    broken = (all(map(is_unicode, labels)) for labels in rows.label_sets())
+    _refuse("label", broken, "not valid Unicode", "correct", name)
+
+
+def check_texts(texts: Sequence[str], name: str) -> None:
+    """Raise InfuseError if texts, called ``name`` in the message, are blank or aren't Unicode."""
+    _refuse("text", (isinstance(text, str) and bool(text.strip()) for text in texts), "empty", "fill", name)
+    _refuse("text", map(is_unicode, texts), "not valid Unicode", "correct", name)
+
+
+def _refuse(what: str, good: Iterable[bool], how: str, mend: str, name: str) -> None:
+    where = [i for i, fine in enumerate(good, 1) if not fine]
+    if where:
+        raise InfuseError(
+            f"{_count(len(where), what)} in {name} {_are(where)} {how} "
+            f"({'row' if len(where) == 1 else 'rows'} {listed(where, 10)}): remove or {mend} "
+            f"{'it' if len(where) == 1 else 'them'}."
+        )
 
 
 def is_unicode(text: str) -> bool:
