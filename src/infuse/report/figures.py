@@ -17,6 +17,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from sklearn.isotonic import isotonic_regression
 
+from infuse.drawing import plain_names
 from infuse.report.model import Drawn, Figure, Lines, Scatter
 
 INK = "#1d2731"
@@ -32,7 +33,8 @@ SIZE = (4.7, 3.6)  # inches: small, so that the text stays readable where a page
 def svg(figure: Figure, prefix: str) -> str:
     """An ``<svg>`` element without size, colours of its own for data only, and ids that begin with ``prefix``."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix}
+    with plain_names(isinstance(figure, Drawn)), matplotlib.rc_context(style):
         _draw(figure).savefig(buffer, format="svg", metadata={"Date": None}, **_paper(figure, transparent=True))
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
@@ -45,7 +47,8 @@ def svg(figure: Figure, prefix: str) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """The same figure on white."""
-    _draw(figure).savefig(path, dpi=160, **_paper(figure))
+    with plain_names(isinstance(figure, Drawn)):
+        _draw(figure).savefig(path, dpi=160, **_paper(figure))
 
 
 def _paper(figure: Figure, **own: Any) -> dict[str, Any]:

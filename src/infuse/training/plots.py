@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
+from infuse.drawing import plain_names, short
 
 
+@plain_names()
 def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: int = 25) -> None:
     """Rows: true label; columns: predicted label. Of many labels, the ``most`` with the most confusions are drawn."""
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
@@ -19,7 +19,7 @@ def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: 
     figure = Figure(figsize=(size + 1.5, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(part, cmap="Blues", vmin=0)
-    names = [str(labels[i]) for i in chosen]
+    names = [short(str(labels[i])) for i in chosen]
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("predicted")
@@ -36,6 +36,7 @@ def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: 
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+@plain_names()
 def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, path: Path) -> None:
     """Training and validation loss, and validation macro-F1 beside the baseline's, over epochs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -56,13 +57,14 @@ def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, pat
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
+@plain_names()
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
     """Weights between 0 and 1, (rows, columns), with the number in every cell."""
     figure = Figure(figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), list(columns), rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_xticks(range(len(columns)), list(map(short, columns)), rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(map(short, rows)), fontsize=8)
     for (row, column), value in np.ndenumerate(values):
         axes.text(
             column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black"

@@ -8,16 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import optuna
 from filelock import FileLock
 from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
+import infuse.drawing  # noqa: F401  # before any window could be opened
 from infuse.report import Cell, Column, Drawn, Report, Table
 from infuse.report import write as write_report
 from infuse.training.members import write_csv
