@@ -12,6 +12,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
+from test_files import rewrite
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import infuse
@@ -102,9 +103,12 @@ def test_it_works_in_a_pipeline(quick, task):
 
 
 @pytest.mark.parametrize(
-    "kind", [int, np.int64, float, lambda number: number > 5], ids=["int", "int64", "float", "bool"]
-)
-def test_labels_come_back_as_given(quick, task, kind):
+    "kind",
+    [int, np.int64, np.uint8, float, lambda n: np.float32(n / 10), lambda n: n > 5, lambda n: np.bool_(n > 5),
+     lambda n: n * 10**30],
+    ids=["int", "int64", "uint8", "float", "float32", "bool", "numpy's bool", "beyond 64 bits"],
+)  # fmt: skip
+def test_labels_come_back_as_given(quick, task, kind, tmp_path):
     """Numbers stay numbers, in numerical order, in which 2 comes before 10."""
     names = sorted(set(task[1]))
     labels = [kind(2 * names.index(label) + 2) for label in task[1]]
@@ -112,7 +116,33 @@ def test_labels_come_back_as_given(quick, task, kind):
     assert model.classes_.tolist() == sorted(set(labels)) and model.classes_.dtype == np.array(labels).dtype
     assert model.predict(task[0]).dtype == np.array(labels).dtype
     assert model.score(task[0], labels) > 0.8
-    assert log_loss(labels, model.predict_proba(task[0])) < 1
+    if np.array(labels).dtype.kind not in "fO":  # fractions and what is beyond 64 bits are no classes to scikit-learn
+        assert log_loss(labels, model.predict_proba(task[0])) < 1
+    again = Classifier.load(model.save(tmp_path / "saved"))
+    again = Classifier.load(pickle.loads(pickle.dumps(again)).save(tmp_path / "again"))
+    assert again.classes_.dtype == model.classes_.dtype and again.classes_.tolist() == model.classes_.tolist()
+    assert np.array_equal(again.predict_proba(task[0]), model.predict_proba(task[0]))
+    assert again.score(task[0], labels) == model.score(task[0], labels)
+
+
+def test_several_numbers_per_text_come_back_from_a_file(quick, task, tmp_path):
+    names = sorted(set(task[1]))
+    model = clone(quick).fit(task[0], [[names.index(label) + 5, 30] for label in task[1]])
+    again = Classifier.load(model.save(tmp_path / "saved"))
+    assert again.classes_.tolist() == model.classes_.tolist() == [5, 6, 7, 8, 9, 10, 30]
+    assert again.predict(task[0]) == model.predict(task[0])
+
+
+@pytest.mark.parametrize("label_type", [None, "later", ["int64"], "int64", "i8,i8", "bool", "int", 3], ids=repr)
+def test_files_of_other_versions_have_labels_of_strings(model, task, tmp_path, label_type):
+    """None: of an earlier version, which told no type; the others: of a later one, or damaged."""
+    path = model.save(tmp_path / "saved")
+    info = infuse.checkpoint.header(path)["info"]
+    assert info.pop("label_type") == "str"
+    rewrite(path, info=info if label_type is None else info | {"label_type": label_type})
+    loaded = Classifier.load(path)
+    assert loaded.classes_.tolist() == sorted(set(task[1]))
+    assert np.array_equal(loaded.predict_proba(task[0]), model.predict_proba(task[0]))
 
 
 def test_several_labels_per_text(quick, task):
@@ -177,6 +207,21 @@ def test_what_is_not_fitted_says_so(quick, task, tmp_path):
         ([], [], "two labels|text"),
         (["a b", "c"], "ab", "list of labels"),
         (["a b", "c"], np.eye(2, dtype=int), "list of labels"),
+        (None, ["x", "y"], "list of texts, not None"),
+        (5, ["x", "y"], "list of texts, not int"),
+        ({"a b": 1, "c": 2}, ["x", "y"], "list of texts, not dict"),
+        (np.array([["a b", "c"]]), ["x", "y"], "an array of 2 dimensions"),
+        (np.array("a b"), ["x"], "an array of 0 dimensions"),
+        (["a b", float("nan")], ["x", "y"], "Text 1 is empty or no string"),
+        (["a b", np.eye(3)], ["x", "y"], "Text 1 is empty or no string"),
+        (["a b", "\ud800"], ["x", "y"], "not valid Unicode"),
+        (["a b", "c"], 5, "list of labels"),
+        (["a b", "c"], {"x": 1, "y": 2}, "list of labels"),
+        (["a b", "c"], ["x", ""], "label in the data is empty"),
+        (["a b", "c"], ["x", object()], "of the type object"),
+        (["a b", "c"], ["x", {}], "of the type dict"),
+        (["a b", "c"], [1, "1"], "numbers and others are strings"),
+        (["a b", "c"], [True, 1], "booleans and others are numbers"),
     ],
 )
 def test_mistakes_are_one_sentence(quick, texts, labels, message):
@@ -187,7 +232,10 @@ def test_mistakes_are_one_sentence(quick, texts, labels, message):
 
 @pytest.mark.parametrize("changes", [{"method": "magic"}, {"epochs": 0}, {"head": "big"}, {"pooling": "max"},
                                      {"layers": "7"}, {"validation_fraction": 2}, {"base": "no-such/model"},
-                                     {"epochs": 1.5}, {"seed": -1}, {"learning_rate": "fast"}], ids=str)  # fmt: skip
+                                     {"epochs": 1.5}, {"seed": -1}, {"learning_rate": "fast"}, {"method": 5},
+                                     {"method": None}, {"method": IA3}, {"method": ["ia3"]}, {"layers": [0]},
+                                     {"layers": None}, {"base": None}, {"base": ["a"]},
+                                     {"validation_fraction": "some"}], ids=str)  # fmt: skip
 def test_impossible_settings_are_one_sentence(quick, task, changes):
     with pytest.raises(InfuseError) as caught:
         clone(quick).set_params(**changes).fit(*task)
@@ -195,10 +243,23 @@ def test_impossible_settings_are_one_sentence(quick, task, changes):
 
 
 def test_predicting_needs_texts(model):
-    for texts in ("one text", [""], [None]):
+    for texts in ("one text", [""], [None], None, 5, {"a": 1}, np.array([["a"]])):
         with pytest.raises(InfuseError):
             model.predict(texts)
     assert model.predict([]).shape == (0,)
+
+
+def test_scoring_needs_labels_like_those_of_training(model, task):
+    texts, labels = task
+    for given in (None, 5, labels[:3], list(range(len(labels))), [[label] for label in labels], "a"):
+        with pytest.raises(InfuseError) as caught:
+            model.score(texts, given)
+        assert "\n" not in str(caught.value)
+    for weights in ([1], "a", np.zeros(len(labels))):
+        with pytest.raises(InfuseError, match="sample_weight"):
+            model.score(texts, labels, sample_weight=weights)
+    right = model.predict(texts) == labels
+    assert model.score(iter(texts), iter(labels)) == right.mean() and model.score(texts, labels, right) == 1
 
 
 # PyTorch and transformers

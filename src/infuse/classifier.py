@@ -1,17 +1,18 @@
 """The scikit-learn face of Infuse: fit, predict, save."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
 
 from infuse.bases import load_base
 from infuse.checkpoint import save
 from infuse.data import Rows, stratified
+from infuse.data.check import check_rows
 from infuse.errors import InfuseError
 from infuse.heads import head_of
 from infuse.method import Method, make, spelled
@@ -26,8 +27,8 @@ from infuse.training.run import Predictor, open_run
 class Classifier(ClassifierMixin, BaseEstimator):
     """A text classifier: a frozen base model, one adapter, one head.
 
-    It follows scikit-learn's conventions (``clone``, ``cross_val_score``, ``GridSearchCV`` work). Labels may be strings
-    or numbers; a list of labels per text makes it multi-label.
+    It follows scikit-learn's conventions (``clone``, ``cross_val_score``, ``GridSearchCV`` work). Labels are strings,
+    numbers or booleans, and come back as such, from a saved file too; a list of labels per text makes it multi-label.
 
     Args:
         base: ``minilm``, a folder, or a hub id.
@@ -80,29 +81,39 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """Train on texts and their labels (or lists of labels).
 
         Raises:
-            InfuseError: texts that are empty or no strings, fewer than two labels, settings that cannot work.
+            InfuseError: texts that are blank or no strings, fewer than two labels, settings that cannot work.
         """
-        rows, self._names = _rows(texts, labels)
-        train, validation = rows, None
-        if self.validation_fraction:
-            train, validation = stratified(rows, self.validation_fraction, self.seed)
-        if validation is not None and not len(validation):
-            train, validation = rows, None
+        if not isinstance(self.base, str | Path):
+            raise InfuseError(f"base must name a base model or its folder, such as 'minilm', not {self.base!r}.")
+        share = self.validation_fraction
+        if share is not None and not isinstance(share, int | float | np.number):
+            raise InfuseError(f"validation_fraction must be a number of at least 0 and below 1, not {share!r}.")
         names = {f: getattr(self, f) for f in _SETTINGS}
         settings = Settings(method=spelled(make(self.method)), **names)
         settings.check()
+        rows, kind = _rows(texts, labels)
+        train, validation = stratified(rows, float(share), self.seed) if share else (rows, None)
+        if validation is not None and not len(validation):
+            train, validation = rows, None
+        name = str(self.base)
         count = len(rows.label_set) if self.head == "hf" else None
         precision = "fp32" if make(self.method).unfreezes else name_of(dtype_of(self.precision))
-        base = load_base(self.base, labels=count, pooling=self.pooling, precision=precision, seed=self.seed)
+        base = load_base(name, labels=count, pooling=self.pooling, precision=precision, seed=self.seed)
         fitted = fit(base, train, validation, settings, name=ADAPTER)
-        fitted.adapter.info = {"run": {"base": self.base, "max_length": self.max_length, "precision": precision}}
-        self._predictor = Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length)
-        classes = np.array([self._names[label] for label in fitted.labels])
+        fitted.adapter.info = {
+            "run": {"base": name, "max_length": self.max_length, "precision": precision},
+            "label_type": kind,
+        }
+        self._answer_by(Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length), kind)
+        self.history_ = fitted.history
+        return self
+
+    def _answer_by(self, predictor: Predictor, kind: Any) -> None:
+        self._predictor = predictor
+        classes = _restored(predictor.labels, kind)
         self._order = np.argsort(classes, kind="stable")  # the head's labels are in the order of their names
         self.classes_ = classes[self._order]
-        self.history_ = fitted.history
         self.n_features_in_ = 1
-        return self
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
         """Probability of every label of ``classes_``, (texts, labels)."""
@@ -121,11 +132,24 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: Sequence[str], y: Sequence[Any], sample_weight: Any = None) -> float:  # noqa: N803  # scikit-learn's name
         """Accuracy; in multi-label mode, the share of texts whose whole label set is right."""
-        predicted = self.predict(X)
+        check_is_fitted(self, "classes_")
+        rows, kind = _rows(X, y)
+        if rows.multi != self._predictor.multi:
+            what = "a list of labels" if self._predictor.multi else "one label"
+            raise InfuseError(f"Give {what} per text, as in training.")
+        if (kind == "str") != (self.classes_.dtype.kind == "U"):
+            raise InfuseError(
+                f"The classifier's labels are such as {self.classes_.tolist()[0]!r}: give labels like them."
+            )
+        predicted = self.predict(rows.texts)
         if self._predictor.multi:
-            right = [set(p) == set(t) for p, t in zip(predicted, y, strict=True)]
+            right = [set(map(str, p)) == set(t) for p, t in zip(predicted, rows.label_sets(), strict=True)]
+        else:
+            right = predicted == _restored([*map(str, rows.labels or ())], kind)
+        try:
             return float(np.average(right, weights=sample_weight))
-        return float(accuracy_score(y, predicted, sample_weight=sample_weight))
+        except (TypeError, ValueError, ZeroDivisionError):
+            raise InfuseError("sample_weight needs a number per text, and not all zero.") from None
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter with its head; ``infuse predict`` and :meth:`load` read it (``method="full"`` can't)."""
@@ -136,14 +160,12 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     @classmethod
     def load(cls, path: str | Path, base: str | None = None) -> "Classifier":
-        """A fitted classifier from a folder of :meth:`save` or of ``infuse train``; its labels are strings."""
+        """A fitted classifier from a folder of :meth:`save`, or of ``infuse train``, whose labels are strings."""
         predictor = open_run(path, base)
         model = predictor.base.model
-        method, head = spelled(store_of(model)[ADAPTER].method), head_of(model, ADAPTER).kind
-        model = cls(predictor.base.name, method, head=head, max_length=predictor.max_length)
-        model._predictor = predictor
-        model.classes_ = np.array(predictor.labels)
-        model._order = np.arange(len(predictor.labels))
+        adapter, head = store_of(model)[ADAPTER], head_of(model, ADAPTER).kind
+        model = cls(predictor.base.name, spelled(adapter.method), head=head, max_length=predictor.max_length)
+        model._answer_by(predictor, adapter.info.get("label_type", "str"))
         model.history_ = []
         return model
 
@@ -161,11 +183,14 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _rows(texts: Sequence[str], labels: Sequence[Any]) -> tuple[Rows, dict[str, Any]]:
-    """Rows with labels as strings, and the way back to the labels as given."""
-    if labels is None or isinstance(labels, str) or getattr(labels, "ndim", 1) != 1:
-        raise InfuseError("Give a list of labels, one per text, or a list of lists: several per text.")
-    texts, labels = _checked(texts), list(labels)
+_KINDS: dict[str, Any] = {
+    "strings": str, "booleans": bool | np.bool_, "numbers": int | float | np.integer | np.floating,
+}  # fmt: skip
+
+
+def _rows(texts: Sequence[str], labels: Sequence[Any]) -> tuple[Rows, str]:
+    """Rows with labels as strings, and the kind that makes them what they were again."""
+    texts, labels = _checked(texts), _listed(labels, "labels, one per text (or of lists: several per text)")
     if len(texts) != len(labels):
         raise InfuseError(f"There are {len(texts)} texts but {len(labels)} labels: give one per text.")
     several = [isinstance(label, list | tuple | set) for label in labels]
@@ -174,16 +199,53 @@ def _rows(texts: Sequence[str], labels: Sequence[Any]) -> tuple[Rows, dict[str, 
     each = [one for label in labels for one in (label if multi else (label,))]
     if any(one is None or (isinstance(one, float | np.floating) and np.isnan(one)) for one in each):
         raise InfuseError("A label is None or NaN: give every text a label.")
-    names = {str(one): one for one in each}
-    strings = tuple(tuple(map(str, label)) if multi else str(label) for label in labels)
-    return Rows(tuple(texts), strings), names  # type: ignore[arg-type]  # all of one kind
+    typed = _typed(each)
+    strings = map(str, typed)
+    given = (tuple(dict.fromkeys(islice(strings, len(label)))) for label in labels) if multi else strings
+    rows = Rows(tuple(texts), tuple(given))  # type: ignore[arg-type]  # all of one kind
+    check_rows(rows, "the data")
+    kind = {"U": "str", "O": "int"}.get(typed.dtype.kind, typed.dtype.name)
+    return rows, kind
+
+
+def _typed(labels: list[Any]) -> np.ndarray:
+    """Labels as one array: of strings, booleans or numbers."""
+    kinds = {next((n for n, kind in _KINDS.items() if isinstance(one, kind)), type(one).__name__) for one in labels}
+    if odd := sorted(kinds - _KINDS.keys()):
+        raise InfuseError(f"A label is of the type {odd[0]}: labels are strings, numbers or booleans.")
+    if len(kinds) > 1:
+        raise InfuseError(f"Some labels are {' and others are '.join(sorted(kinds))}: use one kind.")
+    array = np.array(labels)
+    whole = kinds == {"numbers"} and all(isinstance(one, int | np.integer) for one in labels)
+    return array if array.dtype.kind in "iu" or not whole else np.array(list(map(int, labels)), object)  # beyond int64
+
+
+def _restored(labels: Sequence[str], kind: Any) -> np.ndarray:
+    """Labels of :func:`_typed` from their strings; of a kind that isn't known here they stay strings."""
+    try:
+        if kind == "bool":
+            return np.array([{"True": True, "False": False}[label] for label in labels])
+        if kind == "int":
+            return np.array(list(map(int, labels)), object)
+        known = isinstance(kind, str) and kind != "str" and np.dtype(kind).kind in "iuf"
+        return np.array(labels).astype(kind) if known else np.array(labels)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return np.array(labels)
 
 
 def _checked(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        raise InfuseError("Give a list of texts, not one string.")
-    listed = list(texts)
-    odd = next((i for i, text in enumerate(listed) if not isinstance(text, str) or not text.strip()), None)
+    given = _listed(texts, "texts")
+    odd = next((i for i, text in enumerate(given) if not isinstance(text, str) or not text.strip()), None)
     if odd is not None:
-        raise InfuseError(f"Text {odd} is empty or no string ({listed[odd]!r}): remove or fill it.")
-    return listed
+        shown = " ".join(repr(given[odd]).split())[:60]
+        raise InfuseError(f"Text {odd} is empty or no string ({shown}): remove or fill it.")
+    return given
+
+
+def _listed(given: Any, what: str) -> list[Any]:
+    odd = isinstance(given, str | bytes | Mapping | set | frozenset) or not isinstance(given, Iterable)
+    dimensions = getattr(given, "ndim", 1)
+    if odd or dimensions != 1:
+        kind = "None" if given is None else "one string" if isinstance(given, str) else type(given).__name__
+        raise InfuseError(f"Give a list of {what}, not {kind if odd else f'an array of {dimensions} dimensions'}.")
+    return list(given)

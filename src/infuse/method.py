@@ -256,6 +256,9 @@ def make(spec: "Method | str | Mapping[str, Any]") -> Method:
     if isinstance(spec, str):
         name, _, rest = spec.partition(":")
         settings = dict(_setting(item) for item in rest.split(",") if item)
+    elif not isinstance(spec, Mapping):
+        what = f"{spec.__name__} itself" if isinstance(spec, type) else "None" if spec is None else type(spec).__name__
+        raise InfuseError(f"Give a method as IA3(), 'lora:rank=4' or {{'name': 'lora', 'rank': 4}}, not {what}.")
     else:
         settings = dict(spec)
         name = str(settings.pop("name", ""))

@@ -58,6 +58,8 @@ class Settings:
 
     def check(self) -> None:
         """Raise :class:`InfuseError` for a value that cannot work."""
+        if not isinstance(self.layers, str):
+            raise InfuseError(f"layers must be a string such as 'all', 'last:2' or '0,3', not {self.layers!r}.")
         check_kinds(self)
         for name, low, high in (
             ("epochs", 1, 10_000),
