@@ -344,6 +344,10 @@ YAMLS = {
     "method: {{rank: 4}}": "method",
     "method: {{name: lora, depth: 3}}": "depth",
     "method: {{name: lora, rank: two}}": "rank",
+    "method: {{name: lora, roles: {{a: 1}}}}": "roles",
+    'test: "a\\0.csv"': "zero byte",
+    'out: "a\\0"': "zero byte",
+    100_000 * "[": "can't be read",
 }
 OTHERS = {
     "evaluate nowhere --data {toy}": "There is no folder nowhere; give a run folder",

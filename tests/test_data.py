@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from data_helpers import fails, parquet, table, write
+from pyarrow import parquet as pq
 
 from infuse.data import Rows, read
 
@@ -206,6 +208,17 @@ def test_damaged_parquet(tmp_path, cut):
     path.write_bytes(cut(path.read_bytes()))
     with fails("not a whole Parquet file", "x.parquet"):
         read(path)
+
+
+def test_parquet_columns_that_can_not_be_read(tmp_path):
+    torn = pa.array([b"\xff\xfe", b"a"]).view(pa.string())
+    pq.write_table(pa.table({"text": torn, "label": ["a", "b"]}), tmp_path / "x.parquet")
+    with fails("Column 'text'", "utf-8", "x.parquet"):
+        read(tmp_path / "x.parquet")
+    twice = pa.table([pa.array(["x"])] * 3, names=["text", "text", "label"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with fails("2 columns 'text'", "twice.parquet"):
+        read(tmp_path / "twice.parquet")
 
 
 @pytest.mark.parametrize("source", ["missing.csv", "a/missing.parquet", Path("missing.jsonl")])

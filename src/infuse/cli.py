@@ -306,7 +306,7 @@ def _option(arguments: list[str], name: str) -> str | None:
 def _from_yaml(kind: type, path: Path) -> Any:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
     known = {f.name: f for f in fields(kind)}
     unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]

@@ -305,7 +305,7 @@ def _setting(item: str) -> tuple[str, Any]:
         raise InfuseError(f"{item!r} is not a setting: write name=value, e.g. rank=4.")
     try:
         return name.strip(), yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):  # ValueError: what looks like a date and is none
+    except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: what looks like a date and is none
         raise InfuseError(
             f"The value in {item!r} can't be read: write a number, a word or words joined by +."
         ) from None
@@ -315,7 +315,9 @@ def _coerce(cls: type, field: Any, value: Any) -> Any:
     default = field.default if field.default is not MISSING else None
     if isinstance(default, tuple):
         items = value.split("+") if isinstance(value, str) else value
-        return tuple(items) if isinstance(items, Sequence) else (items,)
+        if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+            raise InfuseError(f"{cls.__name__}'s {field.name} are words joined by + or in a list, not {value!r}.")
+        return tuple(items)
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if abs(value) < 10**300 else float("inf")  # which is refused
     if default is not None and type(value) is not type(default):

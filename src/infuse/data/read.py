@@ -195,11 +195,20 @@ def _parquet(path: Path) -> Table:
 
     data = io.BytesIO(path.read_bytes())  # so that an OSError below means the content, not the file
     try:
-        table = parquet.read_table(data)
+        table = parquet.ParquetFile(data).read()
     except (ArrowException, OSError) as error:
         reason = str(error).split(". ")[0].split(": ")[-1].rstrip(".")
         raise InfuseError(f"{path} is not a whole Parquet file ({reason}): write or copy it again.") from error
-    return Table(str(path), table.column_names, lambda column: table[column].to_pylist())
+
+    def cells(column: str) -> list[Any]:
+        try:
+            return table[column].to_pylist()
+        except (ValueError, OverflowError) as error:  # bytes that are no UTF-8, times beyond Python's
+            raise InfuseError(
+                f"Column {column!r} of {path} can't be read ({error}): write it as UTF-8 text."
+            ) from error
+
+    return Table(str(path), table.column_names, cells)
 
 
 READERS: dict[str, Callable[[Path], Table]] = {

@@ -44,8 +44,10 @@ def saved_adapter(path: str | Path) -> Path:
         raise InfuseError(f"{what}; give a run folder, or an adapter's folder.")
     adapter = adapter_folder(folder)
     if not (adapter / WEIGHTS).is_file():
-        inside = sorted(folder.glob(f"*/{WEIGHTS}")) or sorted(folder.glob(f"*/{ADAPTER}/{WEIGHTS}"))
-        hint = f" in it, such as {folder / inside[0].relative_to(folder).parts[0]}" if inside else ""
+        inside = sorted([*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/{ADAPTER}/{WEIGHTS}")])
+        runs = [folder / path.relative_to(folder).parts[0] for path in inside if path.is_file()]
+        ended = [run for run in runs if not (run / CHECKPOINTS).exists()]
+        hint = f" in it, such as {ended[0]}" if ended else ""
         raise InfuseError(f"{adapter} holds no {WEIGHTS}; give a run folder{hint}, or an adapter's folder.")
     return adapter
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from pathlib import Path
 from types import MappingProxyType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -103,6 +104,8 @@ def check_kinds(config: Any) -> None:
         if not _fits(value, hint):
             kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
             raise InfuseError(f"{field.name} must be of the kind {kind}, not {value!r}.")
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise InfuseError(f"{field.name} holds a zero byte, which no name can: {str(value)!r}.")
 
 
 def _fits(value: Any, hint: Any) -> bool:

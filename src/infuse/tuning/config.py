@@ -81,7 +81,7 @@ class TuneConfig:
         for item in self.space:
             try:
                 part = yaml.safe_load(item)
-            except (ValueError, yaml.YAMLError):
+            except (ValueError, RecursionError, yaml.YAMLError):
                 part = None
             if not isinstance(part, dict):
                 raise InfuseError(
