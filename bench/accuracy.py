@@ -20,8 +20,9 @@ from infuse.bases import load_base
 from infuse.data import Rows, read
 from infuse.method import make
 from infuse.model import detach, summary
-from infuse.training import Settings, fit
 from infuse.training.baseline import logistic_regression
+from infuse.training.fit import fit
+from infuse.training.settings import Settings
 
 
 def measure(base: str, train: Rows, validation: Rows, settings: Settings) -> dict[str, float]:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from timing import table, write
 
-from infuse.calibrating import calibration_error, choose_threshold, fit_temperature, log_loss
+from infuse.calibrating.calibrate import calibration_error, choose_threshold, fit_temperature, log_loss
 from infuse.data import read
 from infuse.texts import logits, tokenize
-from infuse.training.run import open_run
+from infuse.training.predictor import open_run
 
 
 def measure(z: torch.Tensor, targets: torch.Tensor, beyond: torch.Tensor, seed: int) -> dict[str, float]:

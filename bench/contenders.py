@@ -51,7 +51,8 @@ def _fit(spec: Spec, data: dict[str, Any], loaded: Callable[[], None], begin: Be
     import infuse
     from infuse.bases import load_base
     from infuse.data import read
-    from infuse.training import Settings, fit
+    from infuse.training.fit import fit
+    from infuse.training.settings import Settings
 
     method, rows = spec["method"], read(spec["csv"])
     epochs = 1 + spec["steps"] * spec["batch"] // len(rows)

@@ -17,7 +17,8 @@ from transformers import TrainerCallback
 
 from infuse.bases import load_base
 from infuse.data import Rows, read
-from infuse.training import Settings, fit
+from infuse.training.fit import fit
+from infuse.training.settings import Settings
 
 
 class Clock(TrainerCallback):

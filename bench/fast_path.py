@@ -16,7 +16,7 @@ from timing import machine, table, write
 
 from infuse.data import read
 from infuse.lean import plain
-from infuse.training import Settings
+from infuse.training.settings import Settings
 
 PATHS = {"fast": ("bf16", nullcontext), "plain": ("fp32", plain)}
 

@@ -25,7 +25,8 @@ from infuse.bases import BaseModel, load_base
 from infuse.data import Rows, read
 from infuse.model import activate, store_of
 from infuse.texts import features, tokenize
-from infuse.training import Settings, fit
+from infuse.training.fit import fit
+from infuse.training.settings import Settings
 
 
 def probe(base: BaseModel, adapter: str | None, train: Rows, validation: Rows) -> float:

@@ -36,7 +36,7 @@ from infuse.checkpoint import header
 from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
 from infuse.heads import answer, head_of
 from infuse.serving import files
-from infuse.training.run import Predictor, open_run
+from infuse.training.predictor import Predictor, open_run
 
 from serving import write as write_adapter  # isort: skip  # traffic has put it on the path
 

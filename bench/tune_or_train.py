@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from infuse.training.run import TrainConfig
+from infuse.training.config import TrainConfig
 from infuse.training.settings import Settings
 
 

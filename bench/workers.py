@@ -138,7 +138,7 @@ def _labelled(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from infuse.bases import load_base, locate
     from infuse.data import read
     from infuse.texts import tokenize
-    from infuse.training.engine import Buckets
+    from infuse.training.batches import Buckets
 
     rows = read(options.data)
     if options.rows:

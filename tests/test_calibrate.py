@@ -18,22 +18,18 @@ from transformers import AutoModel
 import infuse
 from infuse import IA3
 from infuse.bases import load_base
-from infuse.calibrating import (
-    CalibrateConfig,
-    calibrate,
-    calibration_error,
-    choose_threshold,
-    fit_temperature,
-    log_loss,
-)
+from infuse.calibrating.calibrate import calibrate, calibration_error, choose_threshold, fit_temperature, log_loss
+from infuse.calibrating.settings import CalibrateConfig
 from infuse.checkpoint import amend, header
 from infuse.cli import main
 from infuse.data import read
 from infuse.errors import InfuseError
 from infuse.export import merge_run
 from infuse.heads import Answer, Head, answer
-from infuse.training.fusing import AverageConfig, average_runs
-from infuse.training.run import TrainConfig, evaluate, open_run, train
+from infuse.training.config import AverageConfig, TrainConfig
+from infuse.training.fusing import average_runs
+from infuse.training.predictor import open_run
+from infuse.training.run import evaluate, train
 
 WEIGHTS = "adapter_model.safetensors"
 

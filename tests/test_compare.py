@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shlex
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,18 +19,20 @@ import infuse
 from infuse import InfuseError
 from infuse.bases import load_base
 from infuse.cli import _parse, main
-from infuse.comparing import CompareConfig, compare, costs
-from infuse.comparing.cell import LOGISTIC, bits, epochs_within
+from infuse.comparing import costs
+from infuse.comparing.cell import LOGISTIC, bits, epochs_within, measure
 from infuse.comparing.clock import Clock
-from infuse.comparing.compare import CELLS, _plan
+from infuse.comparing.compare import CELLS, _plan, compare
 from infuse.comparing.probe import nearest, probe_accuracy, read_probe
-from infuse.comparing.settings import command, every_method
+from infuse.comparing.settings import CompareConfig, command, every_method
 from infuse.comparing.statistics import holm, paired_p, seconds_to
 from infuse.data import read, stratified
 from infuse.memory import Peak, bytes_saved
 from infuse.model import store_of
-from infuse.training import Settings, fit
-from infuse.training.run import TrainConfig, train
+from infuse.training.config import TrainConfig
+from infuse.training.fit import fit
+from infuse.training.run import train
+from infuse.training.settings import Settings
 
 METHODS = ("lora:rank=2", "ia3", "full")
 
@@ -311,21 +312,18 @@ def test_damaged_settings_are_told_and_damaged_cells_run_again(quick):
 
 
 def test_a_method_that_fails_stops_no_other(quick, monkeypatch):
-    module = sys.modules["infuse.comparing.compare"]
-    measure = module.measure
-
     def failing(base, task, settings, **options):
         if settings.method == "ia3":
             infuse.attach(base.model, "ia3", "left over")
             raise InfuseError("It burst.")
         return measure(base, task, settings, **options)
 
-    monkeypatch.setattr(module, "measure", failing)
+    monkeypatch.setattr("infuse.comparing.compare.measure", failing)
     lines = []
     found = compare(replace(quick, methods=("ia3", "head"), seeds=1), say=lines.append)
     assert table(found.report).keys() == {LOGISTIC, "head"}
     assert any("It burst." in line for line in lines) and any("It burst." in note for note in found.report.notes)
-    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr("infuse.comparing.compare.measure", measure)
     again = compare(replace(quick, methods=("ia3", "head"), seeds=1))  # what failed is tried again
     assert table(again.report).keys() == {LOGISTIC, "head", "ia3"}
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from infuse.cli import main
 from infuse.model import check_name
 from infuse.training.members import member_names
-from infuse.training.run import open_run
+from infuse.training.predictor import open_run
 
 QUICK = ["--epochs", "2", "--batch-size", "16", "--validation-fraction", "0.25", "--no-baseline"]
 

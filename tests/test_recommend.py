@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,15 +26,16 @@ from infuse.heads import Head
 from infuse.memory import Ledger, saved_for_backward
 from infuse.method import make, registry
 from infuse.model import attach, detach, summary
-from infuse.recommending import answer, arithmetic, recommend
+from infuse.recommending import answer, arithmetic
 from infuse.recommending import race as racing
 from infuse.recommending.arithmetic import Task, cost
 from infuse.recommending.candidates import Candidate, candidates
 from infuse.recommending.race import Race, Round, Score, _Track
+from infuse.recommending.recommend import recommend
 from infuse.sites import find_sites
 from infuse.spaces import Choice
 from infuse.training.engine import TextClassifier
-from infuse.training.members import ADAPTER
+from infuse.training.folders import ADAPTER
 from infuse.training.prefix import prefix_of, remember
 from infuse.training.run import write_model
 from infuse.training.settings import Settings
@@ -373,7 +373,7 @@ def counting(config, tmp_path):
 
 
 def test_at_most_so_many_parameters(counting, monkeypatch):
-    monkeypatch.setattr(sys.modules["infuse.recommending.recommend"], "load_base", None)  # no weights without data
+    monkeypatch.setattr("infuse.recommending.recommend.load_base", None)  # no weights without data
     found = recommend(replace(counting, max_params="8%"))
     base = next(iter(found.costs.values())).base
     for name, row in rows_of(found).items():

@@ -15,7 +15,9 @@ from infuse import InfuseError
 from infuse.bases import load_base
 from infuse.heads import answer, head_of
 from infuse.method import registry
-from infuse.serving import ServeConfig, app, serve
+from infuse.serving import app
+from infuse.serving.server import serve
+from infuse.serving.settings import ServeConfig
 from infuse.texts import probabilities, tokenize
 
 TEXTS = ["my card was stolen", "how do I repay the loan early?", "a", "Überweisung 中 🏳️‍🌈 " * 20]

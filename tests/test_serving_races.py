@@ -11,10 +11,11 @@ from serving import write
 import infuse.serving.store as store_module
 from infuse.bases import load_base
 from infuse.model import store_of
-from infuse.serving import ServeConfig, files
+from infuse.serving import files
 from infuse.serving.engine import Engine
 from infuse.serving.model import Here
 from infuse.serving.refusals import RefusedError
+from infuse.serving.settings import ServeConfig
 
 
 @pytest.fixture

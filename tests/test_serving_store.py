@@ -16,8 +16,9 @@ from test_files import CONFIG, WEIGHTS, rewrite
 
 from infuse import InfuseError
 from infuse.bases import load_base
-from infuse.serving import ServeConfig, files
+from infuse.serving import files
 from infuse.serving.engine import open_model
+from infuse.serving.settings import ServeConfig
 from infuse.testing import tiny
 
 NAMES = ("ada", "bob", "cyd", "dan")

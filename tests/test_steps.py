@@ -16,9 +16,11 @@ from infuse.testing import TINY
 from infuse.testing.conformance import close, output, wake
 from infuse.testing.tiny import tiny
 from infuse.texts import pad
-from infuse.training import Settings, fit, prefix
+from infuse.training import prefix
 from infuse.training.engine import parts
+from infuse.training.fit import fit
 from infuse.training.prefix import prefix_of, remember
+from infuse.training.settings import Settings
 
 TOKENS = [[5, 6, 7, 8, 9], [3, 4, 5], [1, 2]]
 WITHOUT = {"albert", "t5", "mt5", "bart"}

@@ -27,11 +27,14 @@ from infuse.data import Rows, read, stratified
 from infuse.heads import Head
 from infuse.model import store_of
 from infuse.texts import probabilities, tokenize
-from infuse.training import Settings, engine, fit, run
+from infuse.training import engine, run
+from infuse.training.config import TrainConfig
 from infuse.training.engine import TextClassifier, parameter_groups
-from infuse.training.fit import class_weights, newest_checkpoint
+from infuse.training.fit import class_weights, fit, newest_checkpoint
 from infuse.training.metrics import decide, overall
-from infuse.training.run import TrainConfig, open_run, train
+from infuse.training.predictor import open_run
+from infuse.training.run import train
+from infuse.training.settings import Settings
 
 LORA = Settings(method="lora:rank=4", epochs=4, batch_size=16, learning_rate=0.01)
 

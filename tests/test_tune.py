@@ -25,9 +25,11 @@ from infuse.data import read
 from infuse.heads import Head
 from infuse.method import make, variants
 from infuse.spaces import Choice, Log, Uniform, contains
-from infuse.training import Settings, engine
-from infuse.training.settings import SPACE
-from infuse.tuning import TuneConfig, run, tune
+from infuse.training import engine
+from infuse.training.settings import SPACE, Settings
+from infuse.tuning import run
+from infuse.tuning.config import TuneConfig
+from infuse.tuning.run import tune
 from infuse.tuning.space import candidates
 
 QUICK = "{batch_size: 16, epochs: 2, layers: last:1}"

@@ -18,10 +18,11 @@ from infuse.heads import head_of
 from infuse.method import Method, make, spelled
 from infuse.model import store_of
 from infuse.precision import dtype_of, name_of
-from infuse.training import Settings, fit
-from infuse.training.members import ADAPTER
+from infuse.training.fit import fit
+from infuse.training.folders import ADAPTER
 from infuse.training.metrics import decide
-from infuse.training.run import Predictor, open_run
+from infuse.training.predictor import Predictor, open_run
+from infuse.training.settings import Settings
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
@@ -34,7 +35,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         base: ``minilm``, a folder, or a hub id.
         method: ``IA3()``, ``LoRA(rank=4)``, …, or a string such as ``"lora:rank=4"``; also ``"head"`` and ``"full"``.
         head, pooling, layers, epochs, batch_size, learning_rate, label_smoothing, class_weights, patience, precision,
-            max_length, seed: as in :class:`infuse.training.Settings`.
+            max_length, seed: as in :class:`infuse.training.settings.Settings`.
         validation_fraction: share of the rows held out to choose the best epoch by; 0 keeps the last epoch.
 
     Attributes:

@@ -12,20 +12,16 @@ import yaml
 from safetensors import SafetensorError
 
 from infuse import console
-from infuse.bases import skeleton
-from infuse.calibrating import CalibrateConfig, calibrate
-from infuse.comparing import CompareConfig, compare
-from infuse.data import read
+from infuse.calibrating.settings import CalibrateConfig
+from infuse.comparing.settings import CompareConfig
 from infuse.errors import InfuseError, listed
-from infuse.export import merge_run
-from infuse.method import make, registry, spelled
-from infuse.model import attach, detach, summary
-from infuse.recommending import RecommendConfig, recommend
-from infuse.serving import ServeConfig, serve
-from infuse.sites import find_sites
-from infuse.training.fusing import AverageConfig, FuseConfig, average_runs, fuse_runs
-from infuse.training.run import TrainConfig, evaluate, open_run, train
-from infuse.tuning import TuneConfig, tune
+from infuse.method import make, spelled
+from infuse.recommending.settings import RecommendConfig
+from infuse.serving.settings import ServeConfig
+from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
+from infuse.tuning.config import TuneConfig
+
+# What a command does is imported when it runs: --help and a mistyped flag need not wait for all of transformers.
 
 
 @dataclass
@@ -105,15 +101,23 @@ class MergeConfig:
 
 
 def _train(config: TrainConfig) -> None:
-    run = train(config, say=console.say, callbacks=[console.ShowProgress()])
-    console.show_run(run)
+    from infuse.progress import ShowProgress
+    from infuse.training.run import train
+
+    console.show_run(train(config, say=console.say, callbacks=[ShowProgress()]))
 
 
 def _calibrate(config: CalibrateConfig) -> None:
+    from infuse.calibrating.calibrate import calibrate
+
     console.show_calibration(calibrate(config), config.format)
 
 
 def _evaluate(config: EvaluateConfig) -> None:
+    from infuse.data import read
+    from infuse.training.predictor import open_run
+    from infuse.training.run import evaluate
+
     rows = read(config.data, text=config.text, label=config.label, split=config.split, multi=config.multi)
     measures, classes = evaluate(open_run(config.run, config.base), rows)
     console.show_evaluation(measures, classes, len(rows), config.format)
@@ -128,6 +132,8 @@ def _predict(config: PredictConfig) -> None:
         raise InfuseError("The server of --url has its base already: leave out --base.")
     texts = config.texts
     if config.data:
+        from infuse.data import read
+
         texts = read(config.data, text=config.text, labelled=False).texts
     elif not texts:
         try:
@@ -141,11 +147,18 @@ def _predict(config: PredictConfig) -> None:
 
         answers = client.predict(config.url, config.run, texts, config.top_k)
     else:
+        from infuse.training.predictor import open_run
+
         answers = open_run(config.run, config.base).answers(texts, config.top_k)
     console.show_predictions(texts, answers, config.format)
 
 
 def _summary(config: SummaryConfig) -> None:
+    from infuse.bases import skeleton
+    from infuse.method import registry
+    from infuse.model import attach, detach, summary
+    from infuse.training.predictor import open_run
+
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
         console.out.print(str(summary(open_run(config.target).base.model)))
         return
@@ -170,37 +183,57 @@ def _summary(config: SummaryConfig) -> None:
 
 
 def _sites(config: SitesConfig) -> None:
+    from infuse.bases import skeleton
+    from infuse.sites import find_sites
+
     console.show_sites(config.base, find_sites(skeleton(config.base)))
 
 
 def _merge(config: MergeConfig) -> None:
+    from infuse.export import merge_run
+
     console.out.print(f"merged model: {merge_run(config.run, config.out, config.base)}", soft_wrap=True)
 
 
 def _fuse(config: FuseConfig) -> None:
-    console.show_run(fuse_runs(config, say=console.say, callbacks=[console.ShowProgress()]))
+    from infuse.progress import ShowProgress
+    from infuse.training.fusing import fuse_runs
+
+    console.show_run(fuse_runs(config, say=console.say, callbacks=[ShowProgress()]))
 
 
 def _tune(config: TuneConfig) -> None:
-    with console.ShowTuning() as watch:
+    from infuse.progress import ShowTuning
+    from infuse.tuning.run import tune
+
+    with ShowTuning() as watch:
         tuned = tune(config, say=console.say, watch=watch)
     console.show_tuned(tuned)
 
 
 def _average(config: AverageConfig) -> None:
+    from infuse.training.fusing import average_runs
+
     console.out.print(f"average: {average_runs(config)}", soft_wrap=True)
 
 
 def _compare(config: CompareConfig) -> None:
-    compared = compare(config, say=console.say, callbacks=lambda: [console.ShowProgress()])
+    from infuse.comparing.compare import compare
+    from infuse.progress import ShowProgress
+
+    compared = compare(config, say=console.say, callbacks=lambda: [ShowProgress()])
     console.show_comparison(compared.report, compared.folder)
 
 
 def _serve(config: ServeConfig) -> None:
+    from infuse.serving.server import serve
+
     serve(config, say=console.say)
 
 
 def _recommend(config: RecommendConfig) -> None:
+    from infuse.recommending.recommend import recommend
+
     found = recommend(config, say=console.say, spent=console.seconds_since_start())
     console.show_recommendation(found)
     if found.train is None:

@@ -7,8 +7,8 @@ from infuse.bases import load_base
 from infuse.checkpoint import save
 from infuse.heads import Head, head_of
 from infuse.model import attach, merge, store_of
-from infuse.training.members import ADAPTER
-from infuse.training.run import MODEL, check_folder, open_run
+from infuse.training.folders import ADAPTER, MODEL, check_folder
+from infuse.training.predictor import open_run
 
 
 def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:

@@ -5,7 +5,6 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from infuse import lean
 from infuse.errors import InfuseError, listed
@@ -21,13 +20,16 @@ STARTS = {
 
 @cache
 def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """A non-linearity by its name in transformers (``swish`` is SiLU, ``gelu`` the exact one)."""
-    return ACT2FN[name]
+    """A non-linearity by its name in transformers (``swish`` is SiLU, ``gelu`` the exact one).
 
+    Raises:
+        InfuseError: there is none of this name.
+    """
+    from transformers.activations import ACT2FN  # takes seconds to import, and not every method needs it
 
-def check_activation(name: str) -> None:
     if name not in ACT2FN:
         raise InfuseError(f"Unknown activation {name!r}; some that exist are {listed(ACT2FN, 20)}.")
+    return ACT2FN[name]
 
 
 def started(out_features: int, in_features: int, deviation: float | None, cut: bool = False) -> Tensor:

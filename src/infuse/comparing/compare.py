@@ -25,7 +25,7 @@ from infuse.method import make
 from infuse.precision import dtype_of, name_of
 from infuse.report import Report, write
 from infuse.sites import find_sites, select
-from infuse.training.run import as_yaml, changed, check_folder
+from infuse.training.folders import as_yaml, changed, check_folder
 from infuse.units import duration
 
 CELLS, _CONFIG = "cells", "config.yaml"

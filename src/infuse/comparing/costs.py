@@ -25,9 +25,9 @@ from infuse.heads import apply, head_of
 from infuse.memory import bytes_saved
 from infuse.model import activate, attach, detach, fusable_sites, merge, route, store_of, unmerge
 from infuse.texts import Tokens, pad
-from infuse.training.engine import Buckets, Collate, TextClassifier
-from infuse.training.fit import encode
-from infuse.training.members import ADAPTER
+from infuse.training.batches import Buckets, Collate, encode
+from infuse.training.engine import TextClassifier
+from infuse.training.folders import ADAPTER
 from infuse.training.prefix import prefix_of, remember
 from infuse.training.run import write_model
 from infuse.training.settings import Settings

@@ -13,7 +13,8 @@ from infuse.data import Rows
 from infuse.memory import Peak
 from infuse.method import make
 from infuse.model import detach
-from infuse.training import Settings, fit
+from infuse.training.fit import fit
+from infuse.training.settings import Settings
 
 
 class _Begin(TrainerCallback):

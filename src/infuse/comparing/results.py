@@ -20,7 +20,7 @@ from infuse.comparing.probe import BUNDLED, NEIGHBOURS
 from infuse.comparing.settings import CompareConfig, command
 from infuse.comparing.statistics import LEVEL, holm, measured, paired_p, seconds_to
 from infuse.report import Column, Lines, Measured, Point, Report, Scatter, Series, Table
-from infuse.training.run import TrainConfig
+from infuse.training.config import TrainConfig
 
 MARK = "*"
 MIB = 2**20

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from infuse.errors import InfuseError
 from infuse.method import Method, Params, register
-from infuse.ops import STARTS, bottleneck, check_activation, started
+from infuse.ops import STARTS, activation, bottleneck, started
 from infuse.sites import Site
 from infuse.spaces import Choice, Log
 
@@ -126,7 +126,7 @@ SOURCES = {"output": "h", "normed": "normed", "residual": "residual"}
 def check_bottleneck(method: Any) -> None:
     """Raise if the settings that all bottlenecks share can't work."""
     Method.__post_init__(method)
-    check_activation(method.activation)
+    activation(method.activation)
     for name, allowed in (("reads", SOURCES), ("start", STARTS)):
         if getattr(method, name, "zero") not in allowed:
             raise InfuseError(f"{type(method).__name__}'s {name} is one of {', '.join(allowed)}.")

@@ -12,7 +12,7 @@ from infuse.recommending.candidates import Candidate
 from infuse.recommending.limits import Miss, nearest
 from infuse.recommending.race import FINALISTS, Race
 from infuse.recommending.settings import RecommendConfig
-from infuse.training.run import TrainConfig
+from infuse.training.config import TrainConfig
 from infuse.training.settings import Settings
 
 

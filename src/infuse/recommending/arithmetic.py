@@ -17,7 +17,7 @@ from infuse.method import make
 from infuse.model import attach, detach, fusable_sites, merge, summary
 from infuse.texts import TOKENS
 from infuse.training.engine import TextClassifier
-from infuse.training.members import ADAPTER
+from infuse.training.folders import ADAPTER
 from infuse.training.prefix import BUDGET, Prefix, prefix_of
 from infuse.training.settings import Settings
 

@@ -22,8 +22,9 @@ from infuse.model import detach
 from infuse.recommending.candidates import Candidate
 from infuse.texts import probabilities
 from infuse.training.baseline import logistic_predictions
-from infuse.training.fit import encode, fit
-from infuse.training.members import ADAPTER
+from infuse.training.batches import encode
+from infuse.training.fit import fit
+from infuse.training.folders import ADAPTER
 from infuse.training.metrics import decide, overall
 from infuse.training.settings import Settings
 

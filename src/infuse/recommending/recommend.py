@@ -26,8 +26,8 @@ from infuse.recommending.settings import RecommendConfig
 from infuse.report import Report, write
 from infuse.sites import find_sites
 from infuse.texts import Tokens, tokenize
-from infuse.training.members import ADAPTER
-from infuse.training.run import TrainConfig, as_yaml, check_folder
+from infuse.training.config import TrainConfig
+from infuse.training.folders import ADAPTER, as_yaml, check_folder
 from infuse.training.settings import Settings
 
 CONFIG, TRAIN = "recommend.yaml", "train.yaml"

@@ -8,7 +8,7 @@ from infuse import units
 from infuse.comparing.settings import every_method
 from infuse.errors import InfuseError
 from infuse.method import make
-from infuse.training.run import TrainConfig
+from infuse.training.config import TrainConfig
 from infuse.training.settings import Settings, check_kinds
 
 Ability = Literal["merge", "mix", "fuse"]

@@ -19,7 +19,7 @@ from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Head
 from infuse.method import make, spelled
 from infuse.model import Base, check_name, detach, store_of
-from infuse.training.members import adapter_folder
+from infuse.training.folders import adapter_folder
 
 Stamp = tuple[tuple[int, int, int], ...]
 """Inode, time of change and size of an adapter's files: when these are the same, so is the content."""

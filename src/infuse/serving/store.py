@@ -17,7 +17,7 @@ from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts, File, Stamp
 from infuse.serving.model import Model
-from infuse.training.members import adapter_folder
+from infuse.training.folders import adapter_folder
 
 log = logging.getLogger("infuse.serving")
 

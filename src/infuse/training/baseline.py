@@ -8,7 +8,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from infuse.bases import BaseModel
 from infuse.data import Rows
 from infuse.texts import bare_features
-from infuse.training.fit import encode, one_hot
+from infuse.training.batches import encode, one_hot
 from infuse.training.metrics import overall
 
 

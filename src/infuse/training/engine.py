@@ -1,7 +1,6 @@
 """The pieces that transformers' Trainer works with: model, batches, sampler, checkpoints of what is trained."""
 
 import math
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.errors import InfuseError
 from infuse.heads import Head, apply
 from infuse.model import penalty, store_of
-from infuse.texts import Tokens, pad
-from infuse.training.prefix import Prefix, Remembered
+from infuse.training.batches import Buckets
+from infuse.training.prefix import Prefix
 from infuse.training.settings import Settings
 
 WEIGHTS, STATE = "trained.safetensors", "trainer_state.json"
@@ -72,76 +70,6 @@ class TextClassifier(nn.Module):
         self.model.train(mode and self.whole)
         self.store[0].train(mode)
         return self
-
-
-class Encoded(Dataset):
-    """Tokenised rows with their targets: class indices, or 0/1 vectors for multi-label data.
-
-    ``remembered`` gives the hidden states of a row's frozen layers, if there are any to skip.
-    """
-
-    def __init__(self, tokens: Tokens, targets: Tensor):
-        self.tokens = tokens
-        self.targets = targets
-        self.remembered: Remembered | None = None
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> tuple[list[int], Tensor, Tensor | None]:
-        hidden = None if self.remembered is None else self.remembered[index]
-        return self.tokens[index], self.targets[index], hidden
-
-    def sorted(self) -> "Encoded":
-        """The same rows, longest first, so that batches in order are nearly free of padding."""
-        order = sorted(range(len(self)), key=lambda i: -len(self.tokens[i]))
-        return Encoded([self.tokens[i] for i in order], self.targets[order])
-
-
-class Collate:
-    """Rows to a padded batch."""
-
-    def __init__(self, pad_id: int):
-        self.pad_id = pad_id
-
-    def __call__(self, rows: Sequence[tuple[list[int], Tensor, Tensor | None]]) -> dict[str, Tensor]:
-        tokens, targets, hidden = zip(*rows, strict=True)
-        batch = pad(tokens, self.pad_id) | {"labels": torch.stack(targets)}
-        return batch if hidden[0] is None else batch | {"hidden": pad_sequence(list(hidden), batch_first=True)}
-
-
-class Buckets(Sampler[int]):
-    """Shuffled rows in batches of similar length: sorted within buckets of 100 batches, the batches shuffled again.
-
-    The order is a function of the seed and the epoch alone, so that a resumed run sees the same batches.
-    """
-
-    def __init__(self, tokens: Tokens, batch_size: int, seed: int, batches: int = 100):
-        self.lengths = [len(ids) for ids in tokens]
-        self.batch_size = batch_size
-        self.bucket = batches * batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        batches = []
-        for start in range(0, len(order), self.bucket):
-            bucket = sorted(order[start : start + self.bucket], key=self.lengths.__getitem__)
-            batches += [bucket[i : i + self.batch_size] for i in range(0, len(bucket), self.batch_size)]
-        full = [b for b in batches if len(b) == self.batch_size]
-        rest = [b for b in batches if len(b) < self.batch_size]  # a short batch in the middle would shift all others
-        for i in torch.randperm(len(full), generator=generator).tolist():
-            yield from full[i]
-        for batch in rest:
-            yield from batch
 
 
 class AdapterTrainer(Trainer):

@@ -26,8 +26,9 @@ from infuse.errors import InfuseError, listed
 from infuse.heads import Head
 from infuse.method import make
 from infuse.model import attach, fuse
-from infuse.texts import bare_features, tokenize
-from infuse.training.engine import STATE, WEIGHTS, AdapterTrainer, Buckets, Collate, Encoded, NaNGuard, TextClassifier
+from infuse.texts import bare_features
+from infuse.training.batches import Collate, encode, one_hot
+from infuse.training.engine import STATE, WEIGHTS, AdapterTrainer, NaNGuard, TextClassifier
 from infuse.training.metrics import decide, overall
 from infuse.training.prefix import prefix_of, remember
 from infuse.training.settings import Settings
@@ -114,26 +115,6 @@ def fit(
         model.eval()
         base.model.eval()
         return Fitted(adapter, tuple(labels), list(trainer.state.log_history), newest is not None)
-
-
-def encode(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> Encoded:
-    """Tokens and targets of labelled rows; an error for labels that are not among ``labels``."""
-    index = {label: i for i, label in enumerate(labels)}
-    unseen = sorted({label for row in rows.label_sets() for label in row} - index.keys())
-    if unseen:
-        raise InfuseError(f"The labels {listed(unseen)} do not occur in the training rows; add rows or drop them.")
-    if rows.multi:
-        targets = torch.zeros(len(rows), len(labels))
-        for i, row in enumerate(rows.label_sets()):
-            targets[i, [index[label] for label in row]] = 1
-    else:
-        targets = torch.tensor([index[row[0]] for row in rows.label_sets()])
-    return Encoded(tokenize(base.tokenizer, rows.texts, max_length), targets)
-
-
-def one_hot(targets: Tensor, count: int) -> Tensor:
-    """0/1 per label, from class indices or from what is 0/1 already."""
-    return targets if targets.dim() == 2 else torch.nn.functional.one_hot(targets, count).float()
 
 
 def class_weights(targets: Tensor, count: int) -> Tensor:
@@ -226,6 +207,3 @@ def _early_stopping(settings: Settings, evaluates: bool) -> list[TrainerCallback
 
 def _decided(logits: np.ndarray, multi: bool) -> np.ndarray:
     return decide(1 / (1 + np.exp(-logits)) if multi else logits, multi)
-
-
-__all__ = ["Buckets", "Fitted", "class_weights", "encode", "fit", "newest_checkpoint", "one_hot"]

@@ -1,45 +1,21 @@
 """Stage two of AdapterFusion over saved runs, and averages of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-import tyro
 
 from infuse.checkpoint import header, save
 from infuse.combine import average
 from infuse.errors import InfuseError
 from infuse.heads import Head
 from infuse.model import store_of
-from infuse.training.members import AVERAGE, load_members
-from infuse.training.run import Run, Say, TrainConfig, check_folder, open_run, train
-
-
-@dataclass
-class FuseConfig(TrainConfig):
-    """Fuse the adapters of saved runs for a new task (stage two of AdapterFusion)."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders (or adapters) to fuse; their adapters stay as they are."""
-    member_data: tuple[str, ...] = ()
-    """Data sets to train further members on first, each into a run folder beside --out."""
-    member_method: str = "pfeiffer"
-    """The method of the members that are trained first."""
-    method: str = "fusion"
-    """The mixer and its settings."""
-
-
-@dataclass
-class AverageConfig:
-    """Average the adapters of saved runs into one (a weighted soup)."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders (or adapters) of one method on one base."""
-    out: Path = field(default=Path("runs/average"))
-    """The folder to write the adapter into."""
-    weights: tuple[float, ...] = ()
-    """A weight per run; equal by default."""
+from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
+from infuse.training.folders import AVERAGE, check_folder
+from infuse.training.members import load_members
+from infuse.training.predictor import open_run
+from infuse.training.run import Run, Say, train
 
 
 def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Sequence = ()) -> Run:

@@ -1,11 +1,8 @@
 """Saved runs as members of a fusion, and what the fusion attends to."""
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,39 +14,12 @@ from infuse.calls import mixing_weights
 from infuse.checkpoint import header, load
 from infuse.data import Rows
 from infuse.errors import InfuseError
-from infuse.formats.bundle import WEIGHTS
 from infuse.model import check_name, route
 from infuse.texts import batches, pad, tokenize, trunk
+from infuse.training.folders import ADAPTER, AVERAGE, saved_adapter, write_csv
 from infuse.training.plots import heat_map
 
-ADAPTER, AVERAGE, CHECKPOINTS = "adapter", "adapter-average", "checkpoints"
 ATTENTION = ("fusion_layers", "fusion_classes")
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an unfinished run."""
-    folder = Path(path)
-    if (folder / CHECKPOINTS).exists():
-        raise InfuseError(
-            f"The run in {folder} still trains or was interrupted; wait for it, or give its command again to finish it."
-        )
-    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-
-
-def saved_adapter(path: str | Path) -> Path:
-    """:func:`adapter_folder`, or an error that says what is there instead of an adapter."""
-    folder = Path(path)
-    if not folder.is_dir():
-        what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
-        raise InfuseError(f"{what}; give a run folder, or an adapter's folder.")
-    adapter = adapter_folder(folder)
-    if not (adapter / WEIGHTS).is_file():
-        inside = sorted([*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/{ADAPTER}/{WEIGHTS}")])
-        runs = [folder / path.relative_to(folder).parts[0] for path in inside if path.is_file()]
-        ended = [run for run in runs if not (run / CHECKPOINTS).exists()]
-        hint = f" in it, such as {ended[0]}" if ended else ""
-        raise InfuseError(f"{adapter} holds no {WEIGHTS}; give a run folder{hint}, or an adapter's folder.")
-    return adapter
 
 
 def load_members(model: nn.Module, runs: Sequence[Path]) -> list[str]:
@@ -114,12 +84,3 @@ def write_attention(base: BaseModel, adapter: Adapter, rows: Rows, max_length: i
         written = [{"": row, **dict(zip(adapter.members, map(float, w), strict=True))} for row, w in table.items()]
         write_csv(folder / f"{name}.csv", written)
         heat_map(np.stack(list(table.values())), list(table), list(adapter.members), folder / f"{name}.png")
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    out = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    path.write_text(out.getvalue(), encoding="utf-8")

@@ -8,7 +8,7 @@ import yaml
 
 from infuse.errors import InfuseError
 from infuse.precision import Precision
-from infuse.training.run import TrainConfig
+from infuse.training.config import TrainConfig
 from infuse.training.settings import Settings, check_kinds
 from infuse.units import seconds
 

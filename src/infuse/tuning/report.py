@@ -17,7 +17,7 @@ from optuna.visualization import matplotlib as plots
 import infuse.drawing  # noqa: F401  # before any window could be opened
 from infuse.report import Cell, Column, Drawn, Report, Table
 from infuse.report import write as write_report
-from infuse.training.members import write_csv
+from infuse.training.folders import write_csv
 from infuse.training.settings import Settings
 from infuse.tuning.run import Tuned
 from infuse.tuning.study import quiet

@@ -8,14 +8,14 @@ means that no label fits (Hendrycks & Gimpel 2017, arXiv:1610.02136).
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from infuse.calibrating.settings import CalibrateConfig
 from infuse.checkpoint import amend, header
 from infuse.data import Rows, digest, read, splits_of
 from infuse.data.check import check_texts
@@ -23,41 +23,14 @@ from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
 from infuse.texts import logits, tokenize
-from infuse.training.members import saved_adapter
-from infuse.training.run import Predictor, data_of, open_run
+from infuse.training.folders import data_of, saved_adapter
+from infuse.training.predictor import Predictor, open_run
 
 FEWEST = 20
 """Rows below which nothing is fitted: one of them would be more than the twentieth that is refused by default."""
 _KEEP = 0.95
 _EASY = "Every row is answered rightly, which tells no temperature: it stays 1. Give more rows, or harder ones."
 _STEPS = 10_000  # thresholds have four decimals: finer than any measured share, and short to write down
-
-
-@dataclass
-class CalibrateConfig:
-    """Fit a run's confidences, and the threshold below which a text is out of scope, to labelled rows."""
-
-    run: tyro.conf.Positional[Path]
-    """A run folder, or an adapter's folder; its adapter's file is replaced."""
-    data: str | None = None
-    """Labelled rows that were not trained on: a file, folder, hub data set, or sample; by default the rows that the
-    run was validated on."""
-    split: str = "validation"
-    """Which split, where the data has several."""
-    out_of_scope: str | None = None
-    """Texts that no label fits (a file, say); the threshold then separates them from the rows as well as it can."""
-    keep: float | None = None
-    """Without --out-of-scope: the share of the rows that the threshold keeps; by default 0.95."""
-    text: str = "text"
-    """Column of the texts."""
-    label: str = "label"
-    """Column of the labels."""
-    multi: bool = False
-    """Several labels a row, separated by | in CSV files; such runs get a temperature only."""
-    base: str | None = None
-    """The base model, if it is not found under the name used in training."""
-    format: Literal["table", "json"] = "table"
-    """How to print."""
 
 
 @dataclass(frozen=True)

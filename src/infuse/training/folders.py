@@ -1,0 +1,118 @@
+"""Run folders: where things are in them, and the settings that they tell."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infuse.errors import InfuseError, listed
+from infuse.formats.bundle import WEIGHTS
+from infuse.training.config import TrainConfig
+
+ADAPTER, AVERAGE, CHECKPOINTS, CONFIG, MODEL = "adapter", "adapter-average", "checkpoints", "config.yaml", "model"
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an unfinished run."""
+    folder = Path(path)
+    if (folder / CHECKPOINTS).exists():
+        raise InfuseError(
+            f"The run in {folder} still trains or was interrupted; wait for it, or give its command again to finish it."
+        )
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
+def saved_adapter(path: str | Path) -> Path:
+    """:func:`adapter_folder`, or an error that says what is there instead of an adapter."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
+        raise InfuseError(f"{what}; give a run folder, or an adapter's folder.")
+    adapter = adapter_folder(folder)
+    if not (adapter / WEIGHTS).is_file():
+        inside = sorted([*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/{ADAPTER}/{WEIGHTS}")])
+        runs = [folder / path.relative_to(folder).parts[0] for path in inside if path.is_file()]
+        ended = [run for run in runs if not (run / CHECKPOINTS).exists()]
+        hint = f" in it, such as {ended[0]}" if ended else ""
+        raise InfuseError(f"{adapter} holds no {WEIGHTS}; give a run folder{hint}, or an adapter's folder.")
+    return adapter
+
+
+def data_of(run: str | Path) -> dict[str, Any]:
+    """Where ``config.yaml`` in a run folder says that its rows come from; empty if it is damaged or not there."""
+    found = read_settings(Path(run) / CONFIG) or {}
+    names = ("data", "validation", "test", "text", "label", "multi", "validation_fraction", "seed")
+    about = {name: found[name] for name in names if name in found}
+    try:
+        TrainConfig(**about).check()
+    except InfuseError:
+        return {}
+    return about if "data" in about else {}
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What a file of :func:`as_yaml` says; ``None`` if it is damaged."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def as_yaml(config: Any) -> str:
+    """A dataclass of settings as YAML that the command line reads back."""
+    plain = {k: _plain(v) for k, v in asdict(config).items() if k != "config"}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def changed(config: Any, path: Path, free: Sequence[str] = ("out", "overwrite")) -> list[str]:
+    """The settings that differ from those that the same command wrote into a file, but for those that may.
+
+    Raises:
+        InfuseError: the file is damaged.
+    """
+    before, now = read_settings(path), yaml.safe_load(as_yaml(config))
+    if before is None:
+        raise InfuseError(
+            f"{path} is damaged, so that nobody can tell which settings it had; choose another --out, or pass "
+            "--overwrite."
+        )
+    return [name for name in now if name not in free and before.get(name) != now[name]]
+
+
+def config_file(folder: Path) -> Path:
+    """Where the settings of the run in the folder are: a run that has not ended keeps them beside its checkpoints."""
+    begun = folder / CHECKPOINTS / CONFIG
+    return begun if begun.exists() else folder / CONFIG
+
+
+def check_folder(folder: Path, ours: bool) -> Path:
+    """The folder, if a command may write into it: it is not there yet, empty, or ours, written by the same command."""
+    if folder.exists() and not folder.is_dir():
+        raise InfuseError(f"{folder} is a file; choose another folder to write.")
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InfuseError(f"{above} is no folder that can be written into; choose another folder to write.")
+    if not ours and folder.exists() and (names := sorted(path.name for path in folder.iterdir())):
+        raise InfuseError(f"{folder} holds other files ({listed(names, 3)}); choose an empty or new folder.")
+    return folder
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    out = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.write_text(out.getvalue(), encoding="utf-8")

@@ -1,0 +1,35 @@
+"""What is imported, and when: nobody waits for what is not needed."""
+
+import subprocess
+import sys
+
+
+def test_help_and_mistyped_flags_wait_for_no_model_library():
+    heavy = ("transformers", "sklearn", "scipy", "matplotlib", "datasets", "optuna", "fastapi")
+    code = f"""
+import sys
+from infuse.cli import main
+for arguments in (["--help"], ["train", "--help"], ["train", "--epoch", "3"]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+print("imported:", sorted(set({heavy}) & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("imported: []\n"), done.stdout[-200:] + done.stderr
+
+
+def test_public_names_come_on_first_use():
+    code = """
+from infuse import *
+import infuse, sys
+assert "transformers" in sys.modules and callable(attach) and callable(recommend) and IA3().name == "ia3"
+assert {"Client", "Classifier", "heads"} <= set(dir(infuse)) and infuse.Client.__name__ == "Client"
+try:
+    infuse.classifer
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "classifer" in done.stdout, done.stderr
