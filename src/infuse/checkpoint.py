@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, Delta, copies, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
+from infuse.fingerprint import Base
 from infuse.formats import adapterhub, peft
 from infuse.formats.bundle import (
     CONFIG,
@@ -42,8 +43,8 @@ from infuse.formats.bundle import (
 )  # fmt: skip
 from infuse.heads import Head
 from infuse.method import make, settings
-from infuse.model import Base, arch_of, attach_at, attach_mixer, check_name, detach, owner_of, store_in, store_of
-from infuse.sites import Site, find_sites, site_at
+from infuse.model import attach_at, attach_mixer, check_name, detach, owner_of, store_in, store_of
+from infuse.sites import Site, arch_of, find_sites, site_at
 
 HEADER = "infuse"
 VERSION = 1

@@ -4,7 +4,6 @@ Everything that Infuse adds hangs under one child module, ``model.infuse``. The 
 and values stay as they are; adapters act through forward hooks.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +17,11 @@ from infuse.arch import Arch
 from infuse.banks import Banks
 from infuse.calls import forget_residuals
 from infuse.errors import InfuseError, listed
+from infuse.fingerprint import Base
 from infuse.method import Method, Mixer, make, spelled
 from infuse.recipe import kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
-from infuse.sites import Site, arch_of, find_sites, model_type, overlap, select, stack_layers, tied
+from infuse.sites import Site, arch_of, find_sites, overlap, select, stack_layers, tied
 from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
 
 
@@ -99,35 +99,6 @@ class Infused(nn.Module):
             path = name.replace("/", ".")
             self.copied.add(path)
             self.tap(model, path)
-
-
-@dataclass(frozen=True)
-class Base:
-    """What identifies a base model: its name, its architecture, and a digest of its layers' weights.
-
-    The digest takes 32 evenly spaced values of every parameter in the stacks of layers, rounded to bfloat16, so that a
-    trunk in float32 and the same trunk in bfloat16 are one base.
-    """
-
-    name: str
-    type: str
-    digest: str
-
-    @staticmethod
-    def of(model: nn.Module, arch: Arch) -> "Base":
-        sha = hashlib.sha256()
-        for stack in arch.stacks:
-            for index, layer in enumerate(stack_layers(model, stack).values()):
-                for name, value in layer.named_parameters():
-                    flat = value.detach().reshape(-1)
-                    if flat.is_meta:
-                        continue
-                    step = max(1, flat.numel() // 32)
-                    sha.update(f"{stack.name}.{index}.{name}{tuple(value.shape)}".encode())
-                    sha.update(flat[::step].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-        inner = next((m for m in model.modules() if model_type(m)), model)
-        name = getattr(inner, "name_or_path", "") or type(model).__name__
-        return Base(name, model_type(inner), sha.hexdigest()[:32])
 
 
 def store_of(model: nn.Module) -> Infused:

@@ -15,10 +15,11 @@ from torch import nn
 from infuse.adapter import Adapter
 from infuse.checkpoint import attach_bundle, facts_of, read_content, setup_of
 from infuse.errors import InfuseError
+from infuse.fingerprint import Base
 from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Head
 from infuse.method import make, spelled
-from infuse.model import Base, check_name, detach, store_of
+from infuse.model import check_name, detach, store_of
 from infuse.training.folders import adapter_folder
 
 Stamp = tuple[tuple[int, int, int], ...]

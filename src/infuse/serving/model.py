@@ -17,11 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from infuse.bases import BaseModel, load_base, tokenizer_of
 from infuse.checkpoint import config_of
 from infuse.errors import InfuseError
+from infuse.fingerprint import Base
 from infuse.heads import grouped
-from infuse.model import Base, arch_of
 from infuse.precision import name_of
 from infuse.serving import files, refusals
 from infuse.serving.files import File
+from infuse.sites import arch_of
 from infuse.texts import Tokens, pad
 
 
