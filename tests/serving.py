@@ -8,6 +8,7 @@ import torch
 
 import infuse
 from infuse.bases import load_base
+from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Head
 from infuse.method import Mixer
 from infuse.model import store_of
@@ -53,3 +54,30 @@ def _scatter(model, name: str, generator: torch.Generator) -> None:
     with torch.no_grad():
         for parameter in store_of(model)[name].parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def broken_files(good: Path) -> dict[str, bytes]:
+    """What may lie in a folder in the place of a good adapter's file."""
+    content = (good / WEIGHTS).read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "empty": b"", "short": content[:100], "cut": content[: len(content) - 1], "half": content[: size + 50],
+        "zeros": bytes(len(content)), "pickle": b"\x80\x04\x95", "deep": (9**5).to_bytes(8, "little") + b"[" * 9**5,
+        "text": b"hello" * 100, "long": (2**62).to_bytes(8, "little") + content[8:],
+    }  # fmt: skip
+
+
+HEADERS = {
+    "no method": {"method": None}, "a number as method": {"method": 3}, "an unknown method": {"method": {"name": "x"}},
+    "no head": {"head": None}, "an empty head": {"head": {}}, "hf": {"head": {"kind": "hf", "labels": ["a", "b"]}},
+    "full": {"method": {"name": "full"}}, "numbered members": {"members": 3},
+    "members outside": {"members": ["../../ada"]},
+    "no base": {"base": {}}, "a listed base": {"base": []}, "metrics": {"info": {"metrics": 3}},
+    "nan": {"info": {"metrics": {"f1": float("nan")}}}, "surrogates": {"info": {"metrics": {"\ud800": 1}}},
+    "too short texts": {"info": {"run": {"max_length": 0}}}, "no length": {"info": {"run": {"max_length": "x"}}},
+    "endless texts": {"info": {"run": {"max_length": float("inf")}}},
+    "a listed run": {"info": {"run": [1]}}, "a numbered base": {"info": {"run": {"base": 5}}},
+    "a listed precision": {"info": {"run": {"precision": ["x"]}}}, "a head of numbers": {"head": {"labels": 3}},
+    "many members": {"members": ["a", "a"]},
+}  # fmt: skip
+"""What a header may say in place of something right."""

@@ -491,12 +491,3 @@ def test_output_that_can_not_be_written(run, arguments):
             stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr
-
-
-def test_a_mistake_in_a_process_of_its_own():
-    done = subprocess.run(
-        [sys.executable, "-c", "from infuse.cli import main; main()", "train", "--method", "magic"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("infuse: Unknown method 'magic'") and done.stderr.count("\n") == 1

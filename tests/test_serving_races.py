@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from running import TOKEN, Inside, until
 from serving import write
 
 import infuse.serving.store as store_module
@@ -139,3 +140,24 @@ def test_an_adapter_that_returns_during_a_look_stays(made, monkeypatch):
         assert store.known("x") is entry and entry.status == "resident"
 
     asyncio.run(work())
+
+
+def test_withdrawing_while_it_is_loaded(made, tiny_base):
+    """A load that ends after the withdrawal brings nothing back."""
+    (folder, other, _), base = made, load_base(str(tiny_base))
+    shutil.copytree(other, folder / "y")
+    with Inside(folder, base, watch=0) as server:
+        gate, held = threading.Event(), threading.Event()
+        server.engine.batcher.call(lambda: (held.set(), gate.wait(10)))
+        held.wait(10)
+        asked = []
+        thread = threading.Thread(target=lambda: asked.append(server.classify("x", "hello")))
+        thread.start()
+        until(lambda: server.engine.store.entries["x"].loading and server.engine.batcher.jobs)
+        assert server.ask("DELETE", "/v1/adapters/x", token=TOKEN).json["status"] == "withdrawn"
+        gate.set()
+        thread.join()
+        assert asked[0].status == 404 == server.classify("x", "hello").status
+        server.classify("y", "hello")
+        until(lambda: len(base.model.infuse.adapters) == 1)
+        assert server.ask("POST", "/v1/adapters/x", token=TOKEN).json["status"] == "resident"

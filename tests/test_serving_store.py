@@ -11,7 +11,7 @@ import pytest
 import torch
 from fuzzing import close
 from running import TOKEN, Inside, until
-from serving import write
+from serving import HEADERS, broken_files, write
 from test_files import CONFIG, WEIGHTS, rewrite
 
 from infuse import InfuseError
@@ -68,31 +68,6 @@ def state(server, name):
 def becomes(server, name, status):
     until(lambda: state(server, name)["status"] == status)
     return state(server, name)
-
-
-def broken_files(good: Path) -> dict[str, bytes]:
-    content = (good / WEIGHTS).read_bytes()
-    size = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "empty": b"", "short": content[:100], "cut": content[: len(content) - 1], "half": content[: size + 50],
-        "zeros": bytes(len(content)), "pickle": b"\x80\x04\x95", "deep": (9**5).to_bytes(8, "little") + b"[" * 9**5,
-        "text": b"hello" * 100, "long": (2**62).to_bytes(8, "little") + content[8:],
-    }  # fmt: skip
-
-
-HEADERS = {
-    "no method": {"method": None}, "a number as method": {"method": 3}, "an unknown method": {"method": {"name": "x"}},
-    "no head": {"head": None}, "an empty head": {"head": {}}, "hf": {"head": {"kind": "hf", "labels": ["a", "b"]}},
-    "full": {"method": {"name": "full"}}, "numbered members": {"members": 3},
-    "members outside": {"members": ["../../ada"]},
-    "no base": {"base": {}}, "a listed base": {"base": []}, "metrics": {"info": {"metrics": 3}},
-    "nan": {"info": {"metrics": {"f1": float("nan")}}}, "surrogates": {"info": {"metrics": {"\ud800": 1}}},
-    "too short texts": {"info": {"run": {"max_length": 0}}}, "no length": {"info": {"run": {"max_length": "x"}}},
-    "endless texts": {"info": {"run": {"max_length": float("inf")}}},
-    "a listed run": {"info": {"run": [1]}}, "a numbered base": {"info": {"run": {"base": 5}}},
-    "a listed precision": {"info": {"run": {"precision": ["x"]}}}, "a head of numbers": {"head": {"labels": 3}},
-    "many members": {"members": ["a", "a"]},
-}  # fmt: skip
 
 
 def test_broken_files_are_listed_with_a_reason_and_hurt_nobody(server, folder):
@@ -462,25 +437,6 @@ def test_a_start_over_folders_that_cannot_be_entered(folder, base, closed):
         closed.add(each)
         with pytest.raises(InfuseError, match=r"adapters can't be read \(Permission denied\)"):
             open_model(ServeConfig(folder))
-
-
-def test_withdrawing_while_it_is_loaded(folder, base):
-    """A load that ends after the withdrawal brings nothing back."""
-    with Inside(folder, base, watch=0) as server:
-        gate, held = threading.Event(), threading.Event()
-        server.engine.batcher.call(lambda: (held.set(), gate.wait(10)))
-        held.wait(10)
-        asked = []
-        thread = threading.Thread(target=lambda: asked.append(server.classify("ada", "hello")))
-        thread.start()
-        until(lambda: server.engine.store.entries["ada"].loading and server.engine.batcher.jobs)
-        assert server.ask("DELETE", "/v1/adapters/ada", token=TOKEN).json["status"] == "withdrawn"
-        gate.set()
-        thread.join()
-        assert asked[0].status == 404 == server.classify("ada", "hello").status
-        server.classify("bob", "hello")
-        until(lambda: len(base.model.infuse.adapters) == 1)
-        assert server.ask("POST", "/v1/adapters/ada", token=TOKEN).json["status"] == "resident"
 
 
 def test_reloading_while_the_old_file_is_being_loaded(folder, base, shelf):

@@ -33,3 +33,12 @@ except AttributeError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "classifer" in done.stdout, done.stderr
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    done = subprocess.run(
+        [sys.executable, "-c", "from infuse.cli import main; main()", "train", "--method", "magic"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("infuse: Unknown method 'magic'") and done.stderr.count("\n") == 1
