@@ -8,6 +8,7 @@ from transformers import AutoModelForSequenceClassification
 
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
+from infuse.adapter import Delta, key
 from infuse.calls import mixing_weights
 from infuse.model import store_of
 from infuse.testing import TINY, inputs, tiny, wake
@@ -278,6 +279,24 @@ def test_stacked_scales_multiply_and_mix(tmp_path):
     fresh = tiny("bert")
     infuse.load(fresh, tmp_path / "both")
     assert torch.equal(output(fresh, batch), output(model, batch, "both"))
+
+
+def test_adapters_whose_files_list_the_sites_in_another_order_combine():
+    model, batch = trained("bert", "houlsby", "ab")
+    straight = output(model, batch, infuse.average(model, ["a", "b"]).name)
+    other = model.infuse["b"]
+    other.sites = dict(reversed(other.sites.items()))
+    close(output(model, batch, infuse.average(model, ["a", "b"], "reversed").name), straight)
+
+
+def test_adapters_with_other_settings_in_a_layer_do_not_combine():
+    model, _ = trained("bert", "houlsby", "ab")
+    site = next(iter(model.infuse["b"].sites.values()))
+    method = Bottleneck.houlsby(width=5)
+    model.infuse["b"].deltas[key(site.name)] = Delta(method, method.init(site))
+    for combine in (lambda: infuse.average(model, ["a", "b"]), lambda: infuse.add(model, {"a": 1.0, "b": 1.0})):
+        with pytest.raises(infuse.InfuseError, match="one method"):
+            combine()
 
 
 def test_different_methods_do_not_combine():

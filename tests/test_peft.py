@@ -97,6 +97,18 @@ def test_dropout_of_a_loaded_adapter_follows_the_model(tmp_path):
     assert not torch.equal(output(ours, batch), output(ours, batch))
 
 
+def test_a_files_adapter_is_the_same_at_every_loading_and_combines_with_others(tmp_path):
+    """safetensors gives a file's tensors in another order each time."""
+    moved(get_peft_model(make("bert"), LoraConfig(target_modules=["query", "value"]))).save_pretrained(tmp_path)
+    ours = make("bert")
+    orders = {tuple(infuse.load(ours, tmp_path, name=f"task{i}").sites) for i in range(8)}
+    assert len(orders) == 1
+    infuse.attach(ours, LoRA(alpha=8.0), "fresh", trained=())
+    infuse.average(ours, ["task0", "fresh"], weights=[1, 0])
+    batch = inputs(ours)
+    close(output(ours, batch, "average"), output(ours, batch, "task0"))
+
+
 @pytest.mark.parametrize("saved", ["bert.pooler", "output.LayerNorm", "word_embeddings", "classifier"])
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_every_module_that_peft_trained_is_loaded(saved, embeddings, tmp_path):

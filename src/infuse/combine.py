@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from infuse.adapter import Adapter, Delta, copies, key
 from infuse.errors import InfuseError, listed
-from infuse.method import Params, make
+from infuse.method import Method, Params, make
 from infuse.model import attach_at, owner_of, store_of
 
 
@@ -66,7 +66,7 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
     adapters = [store[each] for each in terms]
     first = adapters[0]
     for other in adapters[1:]:
-        if other.method != first.method or list(other.sites) != list(first.sites) or other.members:
+        if _methods(other) != _methods(first) or other.members:
             raise InfuseError(f"Only adapters of one method at the same sites can be combined, not {listed(terms)}.")
     own = [{path.replace("/", ".") for path in adapter.copies} for adapter in adapters]
     if some := sorted(set.union(*own) - set.intersection(*own)):
@@ -91,6 +91,11 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
         states = [*(adapter.copies[path].state_dict() for adapter in adapters), copy.state_dict()]
         copy.load_state_dict(_weighted(states, [*weights, 1 - sum(weights)]))
     return attach_at(model, combined, trained=())
+
+
+def _methods(adapter: Adapter) -> tuple[Method, dict[str, Method]]:
+    """What has to be equal in adapters that are combined; files bring the sites in an order of their own."""
+    return adapter.method, {name: adapter.method_at(site) for name, site in adapter.sites.items()}
 
 
 def _own(adapter: Adapter, site: str) -> Params:

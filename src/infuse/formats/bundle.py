@@ -86,12 +86,13 @@ def read_bytes(path: Path) -> bytes:
 
 
 def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of the content of a ``.safetensors`` file; the tensors are copies.
+    """Tensors, by name, and header metadata of the content of a ``.safetensors`` file; the tensors are copies.
 
-    (Tensors that are read through a memory map would end the process if the file were cut short later on.)
+    (safetensors gives them in another order each time. Tensors that are read through a memory map would end the process
+    if the file were cut short later on.)
     """
     try:
-        tensors = from_safetensors(content)
+        tensors = dict(sorted(from_safetensors(content).items()))
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
     return _finite(tensors, path), parse_metadata(content, path)
