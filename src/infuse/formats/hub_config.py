@@ -53,6 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "compacter": _DOUBLE | _PHM, "compacter++": _SEQ | _PHM, "lora": _LORA,
     "ia3": _LORA | {"attn_matrices": ["k", "v"], "r": 1, "alpha": 1, "composition_mode": "scale"},
 }  # fmt: skip
+_OLD = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 _STARTS = {"bert": "normal", "mam_adapter": "zero", "houlsby": "truncated"}
 
 
@@ -62,30 +63,42 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     if given is None:
         given = dict(_SEQ)
     elif isinstance(given, str):
-        match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", given.strip())
-        if match is None or match[1] not in PRESETS:
-            raise InfuseError(f"The file's configuration {given!r} is none that Infuse has.")
-        pairs = [item.partition("=") for item in (match[2] or "").split(",") if item.strip()]
-        given = PRESETS[match[1]] | {k.strip(): yaml.safe_load(v) for k, _, v in pairs}
+        given = _preset(given)
+    elif "version" not in config:  # its first version had other names; a preset means what it means today
+        given = {**given, "non_linearity": _OLD.get(given.get("non_linearity"), given.get("non_linearity", "relu"))}
     settings = {**_DEFAULTS, **given}
-    legacy = {"gelu": "gelu_new", "gelu_orig": "gelu"} if not config.get("version") else {}
-    name = str(settings.get("non_linearity", "relu")).lower()
-    settings["non_linearity"] = legacy.get(name, name)
+    settings["non_linearity"] = str(settings.get("non_linearity", "relu")).lower()
     return settings
+
+
+def _preset(text: str) -> dict[str, Any]:
+    match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text.strip())
+    try:
+        pairs = yaml.safe_load("{" + re.sub(r"(\w+)\s*=", r"\1: ", match[2] or "") + "}") if match else {}
+        return PRESETS[match[1] if match else ""] | pairs
+    except (KeyError, yaml.YAMLError):
+        raise InfuseError(f"The file's configuration {text!r} is none that Infuse has.") from None
 
 
 def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter:
     """The method of a bottleneck's or a Compacter's settings, on a model of type ``kind``."""
-    refuse_options(settings, {
-        "ln_before": (), "ln_after": (), "use_gating": (), "stochastic_depth": (), "factorized_phm_rule": (),
-        "shared_W_phm": (), "residual_before_ln": (True,),
-    }, "Bottleneck")  # fmt: skip
-    for option in ("original_ln_after", "residual_before_ln", "phm_bias"):
-        if settings[option] is False and not (option == "residual_before_ln" and settings["is_parallel"]):
-            raise InfuseError(f"The file uses {option}=False, which Infuse's Bottleneck does not have.")
+    cls = Compacter if settings["phm_layer"] else Bottleneck
+    reads = "residual" if settings["is_parallel"] else "normed" if settings["original_ln_before"] else "output"
+    refused: dict[str, tuple] = dict.fromkeys(("ln_before", "ln_after", "use_gating", "stochastic_depth"), ())
+    needed = ["original_ln_after"]
+    if cls is Compacter:
+        refused |= {"factorized_phm_rule": (), "shared_W_phm": ()}
+        needed.append("phm_bias")
+    if reads == "normed":
+        needed.append("residual_before_ln")
+    refuse_options(settings, refused | {"residual_before_ln": (True,)}, cls.__name__)
+    for option in needed:
+        if not settings[option]:
+            raise InfuseError(
+                f"The file uses {option}={settings[option]}, which Infuse's {cls.__name__} does not have."
+            )
     if kind == "modernbert":
         raise InfuseError("AdapterHub's ModernBERT draws a random bias that its files lack; they can't be reproduced.")
-    reads = "residual" if settings["is_parallel"] else "normed" if settings["original_ln_before"] else "output"
     if reads == "normed" and kind in ("gemma2", "gemma3_text"):
         raise InfuseError(
             "AdapterHub's Gemma reads the last layer's LayerNorm in every layer; Infuse does not do that."
@@ -99,12 +112,11 @@ def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter
     factor = settings.get("reduction_factor", 16)
     if not isinstance(factor, Mapping):
         common["reduction"] = float(factor)
-    cls, learned = (Compacter, ()) if settings["phm_layer"] else (Bottleneck, ("learned",))
     scaling = settings["scaling"]
-    if isinstance(scaling, str) and scaling not in learned:
+    if isinstance(scaling, str) and (cls is Compacter or scaling != "learned"):
         raise InfuseError(f"The file uses scaling={scaling!r}, which Infuse's {cls.__name__} does not have.")
     common["scale"] = 1.0 if scaling == "learned" else float(scaling)
-    if settings["phm_layer"]:
+    if cls is Compacter:
         rank = int(settings["phm_rank"]) if settings["factorized_phm_W"] else 0
         return Compacter(n=int(settings["phm_dim"]), rank=rank, shared_rule=bool(settings["shared_phm_rule"]), **common)
     return Bottleneck(
