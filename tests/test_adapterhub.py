@@ -417,13 +417,12 @@ def test_files_of_other_architectures_are_refused(tmp_path):
         infuse.load(tiny("llama"), tmp_path / "hub")
 
 
-def test_versions_that_ignored_alpha(tmp_path):
-    def old(config):
-        config["version"] = "adapters.1.0.1"
-
-    model, folder = written(tmp_path, LoRA(rank=4, alpha=16.0), old)
-    adapter = infuse.load(tiny("bert"), folder)
-    assert adapter.method.scale == 1.0
+@pytest.mark.parametrize(
+    ("version", "scale"), [("0.2.2", 1), ("1.0.1", 1), ("1.1.0.dev0", 1), ("1.1.0", 4), ("1.10.0", 4)]
+)
+def test_versions_that_ignored_alpha(version, scale, tmp_path):
+    model, folder = written(tmp_path, LoRA(rank=4, alpha=16.0), lambda c: c.update(version=f"adapters.{version}"))
+    assert infuse.load(tiny("bert"), folder).method.scale == scale
     assert model.infuse["task"].method.scale == 4.0
 
 

@@ -169,8 +169,7 @@ def lora(settings: Mapping[str, Any], config: Mapping[str, Any]) -> LoRA | IA3:
     """LoRA or (IA)³ from the library's LoRA settings."""
     refuse_options(settings, {"use_gating": (), "use_dora": (), "vera_d": (), "vera_b": ()}, "LoRA")
     rank, alpha = int(settings.get("r", 8)), float(settings.get("alpha", 8))
-    version = re.match(r"adapters\.(\d+)\.(\d+)", str(config.get("version", "")))
-    if version and (int(version[1]), int(version[2])) < (1, 1):
+    if re.match(r"adapters\.(0\.|1\.0(\.|$)|1\.1\.0\.?(dev|a|b|rc))", str(config.get("version", ""))):
         alpha = float(rank)  # these versions ignored alpha, and the library still loads their files so
     if settings.get("composition_mode", "add") == "scale":
         if rank != 1 or alpha != 1:
