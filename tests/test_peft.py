@@ -158,6 +158,34 @@ def test_peft_loads_a_file_without_the_head(head, tmp_path):
     close(theirs.base_model.model(**batch)[0], ours(**batch)[0])
 
 
+def test_magnitudes_that_the_config_does_not_mention_are_not_dropped(tmp_path):
+    moved(get_peft_model(make("bert"), LoraConfig(target_modules=["query"], use_dora=True))).save_pretrained(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"use_dora": true', '"use_dora": false'))
+    with pytest.raises(infuse.InfuseError, match=r"lora_magnitude_vector for .*config says nothing"):
+        infuse.load(make("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["word_embeddings"], ["word_embeddings", "query"]])
+def test_adapted_embeddings_are_refused_as_such(targets, tmp_path):
+    moved(get_peft_model(make("bert"), LoraConfig(target_modules=targets))).save_pretrained(tmp_path)
+    with pytest.raises(infuse.InfuseError, match=r"word_embeddings.*linear modules only"):
+        infuse.load(make("bert"), tmp_path)
+
+
+@pytest.mark.parametrize("feedforward", [[], ["score"]])
+def test_scales_of_a_module_with_one_output(feedforward, tmp_path):
+    def base():
+        return tiny("llama", AutoModelForSequenceClassification, num_labels=1)
+
+    config = IA3Config(target_modules=["q_proj", "score"], feedforward_modules=feedforward)
+    theirs, ours = moved(get_peft_model(base(), config)), base()
+    theirs.save_pretrained(tmp_path)
+    infuse.load(ours, tmp_path)
+    batch = inputs(ours)
+    close(ours(**batch).logits, theirs.base_model.model(**batch).logits)
+
+
 def test_two_modules_of_a_file_do_not_fall_on_one(tmp_path):
     moved(get_peft_model(make("bart"), LoraConfig(target_modules=r".*self_attn\.q_proj"))).save_pretrained(tmp_path)
     with pytest.raises(infuse.InfuseError, match="of the file fit"):

@@ -134,6 +134,9 @@ def modules(
     for key, value in tensors.items():
         bare = key.removeprefix(PREFIX).removesuffix(".weight") if "magnitude" in key else key.removeprefix(PREFIX)
         suffix = next((s for s in cls.peft_keys.values() if bare.endswith("." + s)), None)
+        if suffix is None and ("lora_" in bare or "ia3_" in bare):
+            why = "Infuse adapts linear modules only" if "embedding" in bare else "Infuse has no place for it"
+            raise InfuseError(f"The file holds an adapter's tensor {bare!r}: {why}.")
         if suffix is None:
             rest[bare] = value
             continue
@@ -163,8 +166,6 @@ def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | N
     names = tuple(saved or [n for n, _ in model.named_children()])
     copies: dict[str, dict[str, Tensor]] = {}
     for key, value in rest.items():
-        if "lora_" in key or "ia3_" in key:
-            raise InfuseError(f"The file holds a tensor that Infuse can't place: {key!r}.")
         parts = key.split(".")
         if "original_module" in parts:
             continue
@@ -202,6 +203,8 @@ def named(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, 
         if suffix not in found:
             raise InfuseError(f"The file lacks {suffix} for {site.path}; save or download it again.")
         params[name] = fitted(f"{site.path}.{suffix}", found[suffix], value.shape)
+    if extra := found.keys() - {method.peft_keys[name] for name in expected}:
+        raise InfuseError(f"The file holds {listed(sorted(extra))} for {site.path}, of which its config says nothing.")
     return params
 
 

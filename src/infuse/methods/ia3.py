@@ -69,7 +69,8 @@ class IA3(Method):
         return {"ia3_l": p["l"][None, :] if side == "input" else p["l"][:, None]}
 
     def peft_side(self, tensors: Params) -> str:
-        return "input" if tensors["ia3_l"].shape[0] == 1 else "output"
+        rows, columns = tensors["ia3_l"].shape
+        return "input" if rows == 1 < columns else "output"
 
     def fuse(self, slices: Sequence[tuple[Site, Params]]) -> tuple[Method, Params]:
         whole = torch.ones(slices[0][0].out_features, device=slices[0][1]["l"].device)
