@@ -5,14 +5,14 @@ import json
 import pytest
 
 import infuse
-from infuse import Bottleneck, Compacter
+from infuse import Bottleneck, Compacter, LoRA
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
 
-def read_with(folder, method, change):
+def read_with(folder, method, change, kind="bert", **settings):
     """The adapter of a file whose facts were changed, and both adapters' outputs: as read, and as it was."""
-    model = tiny("bert")
+    model = tiny(kind, **settings)
     infuse.attach(model, method, "task")
     wake(model, "task")
     infuse.save(model, "task", folder, format="adapterhub")
@@ -83,3 +83,20 @@ def test_options_that_change_nothing_here_are_read(method, value, tmp_path):
 def test_options_that_change_something_are_refused_however_they_are_off(method, option, value, tmp_path):
     with pytest.raises(infuse.InfuseError, match=f"{option}={value}, which Infuse's {type(method).__name__}"):
         read_with(tmp_path, method, lambda facts: facts["config"].update({option: value}))
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), Bottleneck.houlsby()], ids=lambda method: method.name)
+def test_modernbert_is_exchanged_where_its_base_has_biases(method, tmp_path):
+    """The library gives the fused projection a bias, at random where the base has none, with any adapter."""
+    _, ours, before = read_with(tmp_path / "own", method, lambda facts: None, "modernbert", attention_bias=True)
+    close(ours, before)
+    without = tiny("modernbert")
+    with pytest.raises(infuse.InfuseError, match="random bias"):
+        infuse.load(without, tmp_path / "own")
+    assert not hasattr(without, "infuse")
+
+
+@pytest.mark.parametrize("method", [Bottleneck.pfeiffer(), Bottleneck.parallel()], ids=lambda method: method.reads)
+def test_modernberts_residuals_are_others_in_the_library(method, tmp_path):
+    with pytest.raises(infuse.InfuseError, match="another residual"):
+        read_with(tmp_path, method, lambda facts: None, "modernbert", attention_bias=True)

@@ -71,6 +71,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     parts = grouped(tensors, name)
     settings = config_of.resolved(config)
     kind = _kind(model, config)
+    config_of.check_base(kind, sites)
     base = {
         "name": str(config.get("model_name") or "an unnamed base"),
         "type": str(config.get("model_type") or ""),
@@ -165,6 +166,7 @@ def write(
         InfuseError: the library has no such method, or not these settings, or would make deltas that the adapter lacks.
     """
     facts = _facts(model, adapter, version)
+    config_of.check_base(facts["model_type"], sites)
     config = config_of.written(adapter, sites, facts["model_type"])
     return gathered(model, adapter), {"config": config, **facts}
 

@@ -80,6 +80,12 @@ def _preset(text: str) -> dict[str, Any]:
         raise InfuseError(f"The file's configuration {text!r} is none that Infuse has.") from None
 
 
+def check_base(kind: str, sites: Sequence[Site]) -> None:
+    """Refuse a base that the library changes at random, whatever the adapter: no file tells what it computed."""
+    if kind == "modernbert" and any(site.role == "qkv" and site.module.bias is None for site in sites):
+        raise InfuseError("AdapterHub's ModernBERT draws a random bias that its files lack; they can't be reproduced.")
+
+
 def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter:
     """The method of a bottleneck's or a Compacter's settings, on a model of type ``kind``."""
     cls = Compacter if settings["phm_layer"] else Bottleneck
@@ -97,12 +103,12 @@ def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter
             raise InfuseError(
                 f"The file uses {option}={settings[option]}, which Infuse's {cls.__name__} does not have."
             )
-    if kind == "modernbert":
-        raise InfuseError("AdapterHub's ModernBERT draws a random bias that its files lack; they can't be reproduced.")
     if reads == "normed" and kind in ("gemma2", "gemma3_text"):
         raise InfuseError(
             "AdapterHub's Gemma reads the last layer's LayerNorm in every layer; Infuse does not do that."
         )
+    if reads != "output" and kind == "modernbert":
+        raise InfuseError("AdapterHub's ModernBERT hands on another residual and norm than its sublayers have.")
     common: dict[str, Any] = {
         "roles": ("attention_output", "ffn_output"),
         "activation": {"leakyrelu": "leaky_relu"}.get(settings["non_linearity"], settings["non_linearity"]),
