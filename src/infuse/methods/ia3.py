@@ -69,8 +69,8 @@ class IA3(Method):
         return {"ia3_l": p["l"][None, :] if side == "input" else p["l"][:, None]}
 
     def peft_side(self, tensors: Params) -> str:
-        rows, columns = tensors["ia3_l"].shape
-        return "input" if rows == 1 < columns else "output"
+        shape = tensors["ia3_l"].shape
+        return "input" if shape[:1] == (1,) and shape.numel() > 1 else "output"
 
     def fuse(self, slices: Sequence[tuple[Site, Params]]) -> tuple[Method, Params]:
         whole = torch.ones(slices[0][0].out_features, device=slices[0][1]["l"].device)
