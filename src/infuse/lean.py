@@ -155,7 +155,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
-        x, a, b = ctx.saved_tensors
+        x, a, b = (t.to(g.dtype) for t in ctx.saved_tensors)  # autocast ends before backward
         flat, g = x.flatten(0, -2), g.flatten(0, -2)
         inner = g @ (b * ctx.s)
         grad_x = (inner @ a).view(x.shape) if ctx.needs_input_grad[0] else None
@@ -192,7 +192,7 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
-        z, inner, down, up = ctx.saved_tensors
+        z, inner, down, up = (None if t is None else t.to(g.dtype) for t in ctx.saved_tensors)  # see _LowRank
         needs = ctx.needs_input_grad
         flat = g.flatten(0, -2)
         with torch.enable_grad():
