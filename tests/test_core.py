@@ -161,13 +161,14 @@ def test_a_merged_model_answers_for_that_adapter_alone(model):
 
 
 @pytest.mark.parametrize("name", ["a", None])
-def test_detaching_while_merged_restores_every_bit(model, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.double])
+def test_detaching_while_merged_restores_every_bit(model, name, dtype):
     infuse.merge(model, "a")
-    infuse.detach(model, name)
+    infuse.detach(model.to(dtype), name)
     if name:
-        assert torch.equal(output(model, inputs(model), None), output(tiny("bert"), inputs(model)))
+        assert torch.equal(output(model, inputs(model), None), output(tiny("bert").to(dtype), inputs(model)))
         infuse.detach(model)
-    fresh = tiny("bert").state_dict()
+    fresh = tiny("bert").to(dtype).state_dict()
     assert model.state_dict().keys() == fresh.keys()
     assert all(torch.equal(value, fresh[key]) for key, value in model.state_dict().items())
 

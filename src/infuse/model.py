@@ -358,10 +358,10 @@ def merge(model: nn.Module, name: str) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore the base weights that :func:`merge` replaced, bit for bit; the merged adapter stays active, unmerged."""
+    """Restore the base weights, bit for bit (cast or moved as the model was meanwhile); the adapter stays active."""
     store = store_of(model)
     for parameter, original in reversed(store.originals):
-        parameter.data = original
+        parameter.data = original.to(parameter.data)
     store.originals = []
     store.merged = None
 
