@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Cache
+from transformers import AutoModelForCausalLM, AutoModelForMultipleChoice, AutoModelForQuestionAnswering, Cache
 
 import infuse
 from infuse import InfuseError, LoRA
@@ -142,6 +142,16 @@ def test_a_file_with_a_copy_that_can_not_act_is_refused(kind, target, saved, mes
     with pytest.raises(InfuseError, match=message):
         infuse.load(model, tmp_path, name="a")
     assert not hasattr(model, "infuse") and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "auto, kind, head",
+    [(AutoModelForQuestionAnswering, "bert", ["qa_outputs"]), (AutoModelForQuestionAnswering, "t5", ["qa_outputs"]),
+     (AutoModelForQuestionAnswering, "modernbert", ["head", "classifier"]),
+     (AutoModelForMultipleChoice, "deberta-v2", ["pooler", "classifier"])],
+)  # fmt: skip
+def test_heads_that_start_at_random_are_trained(auto, kind, head):
+    assert list(infuse.attach(tiny(kind, auto), LoRA(), "a").copies) == head
 
 
 def test_a_list_of_modules_has_no_copy():

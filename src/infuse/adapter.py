@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
@@ -182,12 +183,17 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def classification_head(model: nn.Module) -> list[str]:
-    """Paths of the children that a transformers classification model puts on top of its transformer."""
-    if not type(model).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+    """Paths of the children that a transformers class of :data:`HEADED` puts on top of its transformer."""
+    if not type(model).__name__.endswith(HEADED):
         return []
-    body = getattr(model, "base_model", None)
+    body = getattr(model, "base_model", None)  # in T5ForQuestionAnswering it is the model itself
     children = [(n, m) for n, m in model.named_children() if n != "infuse" and m is not body]
-    return [n for n, m in children if any(True for _ in m.parameters())]
+    own = [(n, m) for n, m in children if not isinstance(m, PreTrainedModel | nn.Embedding)]
+    return [n for n, m in own if any(True for _ in m.parameters())]
+
+
+HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
+"""Ends of the names of classes whose head starts at random: no checkpoint of a language model has it."""
 
 
 def key(name: str) -> str:
