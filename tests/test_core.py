@@ -241,15 +241,6 @@ def classifier():
     return tiny("bert", AutoModelForSequenceClassification, num_labels=3)
 
 
-@pytest.mark.parametrize("route", ["a", ROWS], ids=["one", "mixed"])
-def test_compile_makes_one_graph(model, route):
-    batch = inputs(model)
-    torch.compiler.reset()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with infuse.route(model, route):
-        close(compiled(**batch).last_hidden_state, output(model, batch))
-
-
 class Wrapper(nn.Module):
     """As DistributedDataParallel does it."""
 

@@ -11,9 +11,8 @@ from infuse.sites import Site
 
 
 class _Left(local):
-    weights: dict[str, list[Tensor]] | None = None
-
     def __init__(self) -> None:
+        self.weights: dict[str, list[Tensor]] | None = None
         self.residuals: dict[tuple[int, str], Tensor] = {}
 
 

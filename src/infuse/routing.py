@@ -141,7 +141,8 @@ Route = str | Mixed | None
 class _Routes(local):
     """The routes in force in this thread, innermost last (a ContextVar would break ``torch.compile``'s graph)."""
 
-    stack: "tuple[tuple[Any, Route], ...]" = ()
+    def __init__(self) -> None:  # not an attribute of the class: torch.compile would not see that a route hides it
+        self.stack: tuple[tuple[Any, Route], ...] = ()
 
 
 _ROUTES = _Routes()
