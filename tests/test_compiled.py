@@ -30,7 +30,7 @@ def in_a_thread(act):
     thread.join()
 
 
-@pytest.mark.parametrize("route", ["a", ["a", None, "b"]], ids=str)
+@pytest.mark.parametrize("route", ["a", ["a", None, "b"], ["a", "c", "b"], ["c", "a", "a"]], ids=str)
 def test_a_route_makes_one_graph(model, route):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with infuse.route(model, route):
@@ -49,7 +49,7 @@ def test_routes_that_come_after_the_first_call_are_seen(model):
         close(own, output(model, batch, route))
 
 
-ROUTES = ("a", None, ["a", None, "b"], ["c", None, "b"])
+ROUTES = ("a", None, ["a", None, "b"], ["c", "a", "b"])
 
 
 def test_weights_that_are_asked_for_later_are_noted():

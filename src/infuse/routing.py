@@ -90,13 +90,6 @@ class Mixed:
 
     def plan(self, adapters: Mapping[str, Adapter], site: Site, device: torch.device) -> list[Group]:
         """The groups of rows that have a delta at ``site``."""
-        if not self.alike:
-            signatures = {name: adapters[name].signature for name in dict.fromkeys(self.names) if name is not None}
-            alike: dict[Any, tuple[Adapter, list[int]]] = {}
-            for row, name in enumerate(self.names):
-                if name is not None:
-                    alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
-            self.alike = list(alike.values())
         kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike)
         if (kinds, device) not in self.plans:  # most sites share one plan
             rows: dict[Any, list[int]] = {}
@@ -125,6 +118,15 @@ class Mixed:
         else:
             at = torch.tensor(rows, device=device)
         return Group(kind, versions, at, which, TOKENS if current_packed() else 0)
+
+    def sort(self, adapters: Mapping[str, Adapter]) -> None:
+        """Find the rows whose adapters run as one: before a call, as ``torch.compile`` can't compare signatures."""
+        signatures = {name: adapters[name].signature for name in dict.fromkeys(self.names) if name is not None}
+        alike: dict[Any, tuple[Adapter, list[int]]] = {}
+        for row, name in enumerate(self.names):
+            if name is not None:
+                alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
+        self.alike = list(alike.values())
 
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
@@ -199,7 +201,10 @@ def levels(adapters: Mapping[str, Adapter], route: Route) -> Sequence[Route]:
         depth = max([1, *(len(chain) for chain in chains)])
         columns = [tuple(c[i] if i < len(c) else None for c in chains) for i in range(depth)]
         # Not [route]: a cycle would keep the adapters of every call until the next full garbage collection.
-        route.levels = [] if columns == [route.names] else [Mixed(names) for names in columns]
+        own = [] if columns == [route.names] else [Mixed(names) for names in columns]
+        for level in own or (route,):
+            level.sort(adapters)
+        route.levels = own  # type: ignore[assignment]  # a list of mixed routes
     return route.levels or (route,)
 
 
