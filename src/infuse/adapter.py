@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
@@ -186,6 +185,8 @@ def classification_head(model: nn.Module) -> list[str]:
     """Paths of the children that a transformers class of :data:`HEADED` puts on top of its transformer."""
     if not type(model).__name__.endswith(HEADED):
         return []
+    from transformers import PreTrainedModel  # there by now, if the model is one of its classes
+
     body = getattr(model, "base_model", None)  # in T5ForQuestionAnswering it is the model itself
     children = [(n, m) for n, m in model.named_children() if n != "infuse" and m is not body]
     own = [(n, m) for n, m in children if not isinstance(m, PreTrainedModel | nn.Embedding)]

@@ -5,7 +5,7 @@ functions have no business: for parameters with a row per text, under ``vmap`` a
 decides what to keep), and inside :func:`plain`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from threading import local
 from typing import Any
@@ -136,6 +136,11 @@ _RULES: dict[str, Callable[[Any], tuple[Callable[..., Tensor], tuple[Any, ...]]]
 """Type of an autograd node → how to have its result again, and from what."""
 
 
+def _like(g: Tensor, saved: Iterable[Tensor | None]) -> list[Any]:
+    """Saved tensors in the dtype of the gradient: autocast may end before backward."""
+    return [None if t is None else t.to(g.dtype) for t in saved]
+
+
 def low_rank(x: Float[Tensor, "*batch in"], a: Float[Tensor, "r in"], b: Float[Tensor, "out r"], s: float) -> Rows:
     """``s·B·A·x``; backward keeps x alone."""
     if a.ndim > 2:
@@ -155,7 +160,7 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
-        x, a, b = (t.to(g.dtype) for t in ctx.saved_tensors)  # autocast ends before backward
+        x, a, b = _like(g, ctx.saved_tensors)
         flat, g = x.flatten(0, -2), g.flatten(0, -2)
         inner = g @ (b * ctx.s)
         grad_x = (inner @ a).view(x.shape) if ctx.needs_input_grad[0] else None
@@ -192,7 +197,7 @@ class _Bottleneck(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arguments, not *grads
-        z, inner, down, up = (None if t is None else t.to(g.dtype) for t in ctx.saved_tensors)  # see _LowRank
+        z, inner, down, up = _like(g, ctx.saved_tensors)
         needs = ctx.needs_input_grad
         flat = g.flatten(0, -2)
         with torch.enable_grad():
