@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -430,6 +431,17 @@ def test_numbers_that_cannot_work_are_refused(cls, setting):
     for value in (float("nan"), float("inf"), 1e39, 10**400, *((-0.1, 1) if setting == "dropout" else ())):
         with pytest.raises(InfuseError, match=f"{cls.__name__}'s {setting} must"):
             infuse.make({"name": cls.name, setting: value})
+
+
+def test_settings_given_in_python_have_the_types_of_those_in_files(model, tmp_path):
+    method = LoRA(roles=["query"], rank=np.int64(2), alpha=np.float32(8))
+    assert method == infuse.make("lora:roles=query,rank=2,alpha=8") and hash(method)
+    infuse.attach(model, method, "c")
+    infuse.save(model, "c", tmp_path)
+    assert infuse.load(model, tmp_path, "d").method == method
+    for wrong in ({"rank": "4"}, {"rank": 2.5}, {"rank": True}, {"alpha": "16"}, {"roles": None}, {"dora": 1}):
+        with pytest.raises(InfuseError, match=f"LoRA's {next(iter(wrong))} "):
+            LoRA(**wrong)
 
 
 def test_trained_norms_run_in_a_bfloat16_trunk():

@@ -10,6 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -78,8 +79,11 @@ class Method(ABC):
     """The roles that are adapted."""
 
     def __post_init__(self) -> None:
-        """Raise :class:`InfuseError` for a number that can't work; a method with checks of its own calls this first."""
-        for name, value in ((f.name, getattr(self, f.name)) for f in fields(self)):
+        """Give settings their own types, and raise :class:`InfuseError` for one that can't work; a method with checks
+        of its own calls this first."""
+        for field in fields(self):
+            name, value = field.name, _coerce(type(self), field, getattr(self, field.name))
+            object.__setattr__(self, name, value)  # the dataclass is frozen
             if isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:  # nor is NaN
                 raise InfuseError(f"{type(self).__name__}'s {name} must be a finite number (in float32), not {value}.")
             if name == "dropout" and not 0 <= value < 1:
@@ -266,11 +270,9 @@ def make(spec: "Method | str | Mapping[str, Any]") -> Method:
     if cls is None:
         names = [n for c in (registry() | BASELINES | MIXERS).values() for n in (c.name, *c.presets)]
         raise InfuseError(f"Unknown method {name!r}; the methods are {listed(dict.fromkeys(names), 20)}.")
-    known = {f.name: f for f in fields(cls)}
-    for setting, value in settings.items():
-        if setting not in known:
-            raise InfuseError(f"{cls.__name__} has no setting {setting!r}; it has {listed(known)}.")
-        settings[setting] = _coerce(cls, known[setting], value)
+    known = [f.name for f in fields(cls)]
+    if unknown := [setting for setting in settings if setting not in known]:
+        raise InfuseError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {listed(known)}.")
     return cls(**{**preset, **settings})
 
 
@@ -318,8 +320,10 @@ def _coerce(cls: type, field: Any, value: Any) -> Any:
         if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
             raise InfuseError(f"{cls.__name__}'s {field.name} are words joined by + or in a list, not {value!r}.")
         return tuple(items)
-    if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if abs(value) < 10**300 else float("inf")  # which is refused
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's too, which no file could hold
+        value = int(value) if isinstance(value, Integral) else float(value)
+        if isinstance(default, float):
+            return float(value) if abs(value) < 10**300 else float("inf")  # which is refused
     if default is not None and type(value) is not type(default):
         raise InfuseError(f"{cls.__name__}'s {field.name} is a {type(default).__name__}, not {value!r}.")
     return value
