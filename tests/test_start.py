@@ -42,3 +42,20 @@ def test_a_mistake_in_a_process_of_its_own():
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("infuse: Unknown method 'magic'") and done.stderr.count("\n") == 1
+
+
+def test_threads_may_be_the_first_to_use_names_at_once():
+    code = """
+import infuse, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+sys.setswitchinterval(1e-6)
+names = ["Classifier", "testing", "load", "recommend"]
+ready = threading.Barrier(len(names))
+def used(name):
+    ready.wait()
+    return getattr(infuse, name)
+with ThreadPoolExecutor(len(names)) as pool:
+    print(*(found.__name__ for found in pool.map(used, names)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "Classifier infuse.testing load recommend\n", done.stderr
