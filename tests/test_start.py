@@ -25,7 +25,7 @@ def test_public_names_come_on_first_use():
 from infuse import *
 import infuse, sys
 assert "transformers" in sys.modules and callable(attach) and callable(recommend) and IA3().name == "ia3"
-assert {"Client", "Classifier", "heads"} <= set(dir(infuse)) and infuse.Client.__name__ == "Client"
+assert {"Client", "Classifier", "heads", "__version__"} <= set(dir(infuse)) and infuse.Client.__name__ == "Client"
 try:
     infuse.classifer
 except AttributeError as error:
@@ -59,3 +59,20 @@ with ThreadPoolExecutor(len(names)) as pool:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "Classifier infuse.testing load recommend\n", done.stderr
+
+
+def test_help_names_no_client_where_httpx_is_not_installed():
+    code = """
+import sys
+sys.modules["httpx"] = None
+import infuse, inspect, pydoc
+from infuse import *
+print({name for name, _ in inspect.getmembers(infuse)} >= {"attach", "__version__"}, "Client" in dir(infuse))
+print("class Classifier" in pydoc.plain(pydoc.render_doc(infuse)))
+try:
+    infuse.Client
+except InfuseError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("True False\nTrue\nA client needs httpx"), done.stderr
