@@ -153,7 +153,7 @@ def prepare(folder: Path, base: BaseModel, methods: list[str], pool: list[str], 
 
 
 def offline(base: BaseModel, folder: Path, name: str, pool: list[str]) -> Version:
-    """As ``infuse predict`` answers (:func:`infuse.training.run.open_run`), but over a base that is loaded once."""
+    """As ``infuse predict`` answers (:mod:`infuse.training.predictor`), but over a base that is loaded once."""
     infuse.load(base.model, folder, "offline")
     head = head_of(base.model, "offline")
     length = int(header(folder)["info"]["run"]["max_length"])

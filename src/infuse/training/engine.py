@@ -1,4 +1,4 @@
-"""The pieces that transformers' Trainer works with: model, batches, sampler, checkpoints of what is trained."""
+"""The pieces that transformers' Trainer works with: model, trainer, checkpoints of what is trained."""
 
 import math
 from contextlib import nullcontext

@@ -20,7 +20,7 @@ from infuse.sites import find_sites, select
 from infuse.training.config import TrainConfig
 from infuse.training.fit import fit
 from infuse.training.folders import as_yaml, changed, check_folder, config_file, read_settings
-from infuse.training.run import Run, Say, train  # fmt: skip
+from infuse.training.run import Run, Say, train
 from infuse.training.settings import Settings
 from infuse.tuning.config import TuneConfig
 from infuse.tuning.space import Candidates, candidates
