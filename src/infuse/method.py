@@ -35,10 +35,11 @@ def _keywords(function: Any) -> frozenset[str]:
 class Method(ABC):
     """Abstract base of all methods; a concrete one is a frozen dataclass under :func:`register`.
 
-    A method defines ``update``, what is added to the activation, or, if it does something else to it, ``forward``. They
-    and ``prepare`` receive, by the names of their arguments, only what they ask for:
+    A method defines one of three: ``update``, what is added to the activation; ``factor``, what it is multiplied by; or
+    ``forward``, what takes its place. They and ``prepare`` receive, by the names of their arguments, only what they ask
+    for:
 
-    - ``h``: the activation at the site, (..., width); what ``forward`` returns takes its place.
+    - ``h``: the activation at the site, (..., width).
     - ``x``: the input of the site's module, (..., in_features).
     - ``residual``: at a sublayer's output, what the model adds to it, (..., width).
     - ``normed``: at a sublayer's output, ``LN(h + residual)`` with the pretrained LayerNorm that follows in post-norm
@@ -53,8 +54,8 @@ class Method(ABC):
     """Peak learning rate that training uses unless told otherwise; see :attr:`rate`."""
     sides: ClassVar[tuple[Literal["input", "output"], ...]] = ("output",)
     """The sides of a module at which the method is defined."""
-    additive: ClassVar[bool] = False
-    """Whether the delta is ``h + update``; only such deltas can be fused. Filled from what the class defines."""
+    acts: ClassVar[str] = "forward"
+    """Which of ``update``, ``factor`` and ``forward`` the class defines (filled in); only updates can be fused."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Names of known variants, and their settings."""
     space: ClassVar[Space] = {}
@@ -69,7 +70,7 @@ class Method(ABC):
     unfreezes: ClassVar[bool] = False
     """Whether the base itself is trained (full fine-tuning, the contrast to every adapter)."""
     stackable: ClassVar[bool] = False
-    """Whether ``forward`` or ``update`` also takes parameters with a row per text, matrices (rows, a, b) and vectors
+    """Whether that function also takes parameters with a row per text, matrices (rows, a, b) and vectors
     (rows, 1, n), for activations (rows, positions, width), each position by itself. Others run under ``vmap`` in mixed
     batches, at more cost."""
     asks: ClassVar[Mapping[str, frozenset[str]]] = {}
@@ -91,19 +92,23 @@ class Method(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.additive = cls.update is not Method.update
-        cls.asks = {f.__name__: _keywords(f) for f in (cls.forward, cls.update, cls.prepare)}
+        cls.acts = next((n for n in ("update", "factor") if getattr(cls, n) is not getattr(Method, n)), "forward")
+        cls.asks = {name: _keywords(getattr(cls, name)) for name in ("update", "factor", "forward", "prepare")}
 
     @abstractmethod
     def init(self, site: Site) -> dict[str, Tensor]:
         """Fresh parameters of one delta at ``site``, in float32, drawn from torch's global generator."""
 
-    def forward(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
-        """The new activation, (..., width), for one adapter with parameters ``p``; by default ``h + update``."""
-        raise NotImplementedError(self.name)
-
     def update(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
         """What is added to the activation, (..., width), for one adapter with parameters ``p``."""
+        raise NotImplementedError(self.name)
+
+    def factor(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
+        """What the activation is multiplied by, (..., width) or (width,), for one adapter with parameters ``p``."""
+        raise NotImplementedError(self.name)
+
+    def forward(self, p: Params, *args: Any, **kwargs: Any) -> Tensor:
+        """The new activation, (..., width), for one adapter with parameters ``p``."""
         raise NotImplementedError(self.name)
 
     @property
@@ -123,7 +128,7 @@ class Method(ABC):
         return self.learning_rate
 
     def wants(self, function: str) -> frozenset[str]:
-        """Names of the tensors that ``forward``, ``update`` or ``prepare`` asks for under these settings."""
+        """Names of the tensors that a function asks for under these settings."""
         return self.asks[function]
 
     def trains(self, sites: Sequence[Site]) -> list[nn.Module]:
@@ -131,7 +136,7 @@ class Method(ABC):
         return []
 
     def shared(self, sites: Sequence[Site]) -> dict[str, Tensor]:
-        """Fresh parameters that all deltas of one adapter share; they reach ``forward`` in ``p`` too."""
+        """Fresh parameters that all deltas of one adapter share; they are in every ``p`` too."""
         return {}
 
     def prepare(self, p: Params, *args: Any, **kwargs: Any) -> Params:

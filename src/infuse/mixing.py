@@ -1,6 +1,6 @@
 """The arithmetic of a call: a site's activation under its route, mixed batches included."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,15 @@ from torch.utils._pytree import tree_map
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
+from infuse.lean import scale
 from infuse.recipe import Call, Parameters, Recipe, cast, mapped, parameters
-from infuse.routing import Group, Mixed, Route, levels, slots_at
+from infuse.routing import Group, Mixed, Route, levels
 
 
 def adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Float[Tensor, "rows *positions width"]:
     """The activation of a call's site under ``route``; stacked adapters act one after the other."""
     for level in levels(adapters, route):
-        call = replace(call, h=_adapted(adapters, level, call), kept=None)
+        call = replace(call, h=_adapted(adapters, level, call))
     return call.h
 
 
@@ -29,30 +30,40 @@ def _adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Tenso
     if not isinstance(route, Mixed):
         if route is None or adapters[route].delta(site) is None:
             return h
-        adds, value = _one(adapters, adapters[route], call)
-        return (h + value if adds else value).to(h.dtype)
+        acts, value = _one(adapters, adapters[route], call)
+        return NEW[acts](h, value).to(h.dtype)
     if len(h) != len(route.names):
         raise InfuseError(f"The route has {len(route.names)} entries, but the batch has {len(h)} rows at {site.name}.")
     parts = [(group.rows, *_part(adapters, group, call)) for group in route.plan(adapters, site, h.device)]
     if not call.owned:
         return _joined(h, parts)
-    for rows, adds, value in parts:
-        _write(h, rows, adds, value.to(h.dtype))
+    for rows, acts, value in parts:
+        _write(h, rows, acts, value.to(h.dtype))
     return h
 
 
-def _part(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bool, Tensor]:
-    """For the rows of a group: whether something is added to the activation, and that or the new activation."""
+NEW: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "update": torch.add, "factor": scale, "forward": lambda h, value: value,
+}  # fmt: skip
+"""How an activation and what a method's function gives make the new activation."""
+WRITE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "update": Tensor.add_, "factor": Tensor.mul_, "forward": Tensor.copy_,
+}  # fmt: skip
+"""The same in place."""
+
+
+def _part(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[str, Tensor]:
+    """For the rows of a group: what acts on the activation, and how (see :attr:`infuse.method.Method.acts`)."""
     if len(group.adapters) == 1:
         return _one(adapters, next(iter(group.adapters)), call, group.rows)
     return _many(adapters, group, call)
 
 
-def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, bool, Tensor]]) -> Tensor:
+def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, str, Tensor]]) -> Tensor:
     """``h`` with new values in some of its rows; those of slices, which come in their order, are copied once."""
     pieces, end = [], 0
-    for rows, adds, value in parts:
-        new = (h[rows] + value if adds else value).to(h.dtype)
+    for rows, acts, value in parts:
+        new = NEW[acts](h[rows], value).to(h.dtype)
         if not isinstance(rows, slice):
             h = h.index_copy(0, rows, new)
         else:
@@ -64,28 +75,27 @@ def _joined(h: Tensor, parts: Sequence[tuple[slice | Tensor, bool, Tensor]]) -> 
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else h
 
 
-def _write(h: Tensor, rows: slice | Tensor, adds: bool, value: Tensor) -> None:
+def _write(h: Tensor, rows: slice | Tensor, acts: str, value: Tensor) -> None:
     """:func:`_joined` for one group, in place."""
     if isinstance(rows, slice):
-        own = h[rows]
-        own.add_(value) if adds else own.copy_(value)
-    elif adds:
+        WRITE[acts](h[rows], value)
+    elif acts == "update":
         h.index_add_(0, rows, value)
     else:
-        h.index_copy_(0, rows, value)
+        h.index_copy_(0, rows, NEW[acts](h[rows], value))
 
 
 def _one(
     adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)
-) -> tuple[bool, Tensor]:
+) -> tuple[str, Tensor]:
     recipe: Recipe = adapter.kinds[call.site.name].recipe
     p = parameters(adapters, adapter, call.site)
     if recipe.prepares:
         p = recipe.prepare(p, call.fixed())
-    return recipe.adds, recipe.part(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), call.fixed(recipe.needs))
+    return recipe.acts, recipe.part(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), call.fixed(recipe.needs))
 
 
-def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bool, Tensor]:
+def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[str, Tensor]:
     recipe: Recipe = group.kind.recipe
     direct = call.h.ndim == 3 and recipe.stackable
     given, fixed = call.rowwise(recipe.needs, group.rows), call.fixed(recipe.needs)
@@ -102,14 +112,15 @@ def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[bo
     else:
         key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
         bank, slots = call.banks.slots(key, group.adapters, stacked)
-        if direct and _pays(group, bank, given):
-            p = _taken(bank, slots_at(tuple(slots[i] for i in group.runs), call.h.device))
-            return recipe.adds, _by_adapter(recipe, group, p, given, fixed)
+        if direct and given and _pays(group, bank, given):
+            p = _taken(bank, group.index_of_runs(slots))
+            return recipe.acts, _by_adapter(recipe, group, p, given, fixed)
         p = _taken(bank, group.index(slots))
     run = partial(recipe.part, fixed=fixed)
-    if not direct:
-        run = vmap(run, randomness="different")
-    return recipe.adds, run(p, given)
+    if direct:
+        return recipe.acts, run(p, given)
+    value = vmap(run, randomness="different")(p, given)
+    return recipe.acts, value.reshape(len(value), *(1,) * (call.h.ndim - value.ndim), *value.shape[1:])
 
 
 def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:

@@ -226,7 +226,9 @@ def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> 
     adapter.members = tuple(members)
     for member in members:
         own = store[member]
-        if lacking := [s.name for s in adapter.sites.values() if not (own.delta(s) and own.method_at(s).additive)]:
+        if lacking := [
+            s.name for s in adapter.sites.values() if not (own.delta(s) and own.method_at(s).acts == "update")
+        ]:
             raise InfuseError(f"Adapter {member!r} can't be mixed: it adds nothing at {listed(lacking, 3)}.")
     attach_at(model, adapter, trained=())
     if isinstance(adapter.method, Mixer):
@@ -241,7 +243,7 @@ def fusable_sites(model: nn.Module, members: Sequence[str]) -> list[Site]:
     if len(members) < 2 or len(set(members)) < len(members):
         raise InfuseError(f"Fusion needs two or more different adapters, not {listed(members)}.")
     for member in members:
-        if not store[member].method.additive:
+        if store[member].method.acts != "update":
             raise InfuseError(
                 f"Adapter {member!r} can't be fused: {store[member].method.name} is not added to the activation."
             )

@@ -1,6 +1,6 @@
 """What is computed at one site: the functions of a method and of its members, and the tensors that they ask for."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Recipe:
     """What is computed at a site: a method, and for a mixer the methods of its members.
 
     Attributes:
-        adds: whether :meth:`part` gives what is added to the activation, not the new one.
+        acts: what :meth:`part` gives, see :attr:`infuse.method.Method.acts`.
         needs: names of the tensors that the functions ask for.
         stackable: whether all functions take parameters with a row per text.
         prepares: whether parameters are not used as they are.
@@ -27,16 +27,16 @@ class Recipe:
 
     method: Method
     members: tuple[Method, ...] = ()
-    adds: bool = field(init=False)
+    acts: str = field(init=False)
     needs: frozenset[str] = field(init=False)
     stackable: bool = field(init=False)
     prepares: bool = field(init=False)
 
     def __post_init__(self) -> None:  # not on demand: torch.compile can't trace what caches behind a lock
         mixes, methods = isinstance(self.method, Mixer), (self.method, *self.members)
-        asked = [m.wants("update" if m.additive else "forward") for m in methods]
+        asked = [m.wants(m.acts) for m in methods]
         facts = {
-            "adds": mixes or self.method.additive,
+            "acts": "update" if mixes else self.method.acts,
             "needs": frozenset().union(*asked, {"h"} if mixes else ()),
             "stackable": all(m.stackable for m in methods),
             "prepares": any(type(m).prepare is not Method.prepare for m in methods),
@@ -54,7 +54,7 @@ class Recipe:
         return _ask(self.method, "prepare", own, fixed), prepared
 
     def part(self, p: "Parameters", given: Mapping[str, Any], fixed: Mapping[str, Any]) -> Tensor:
-        """What is added to the activation, or (without :attr:`adds`) the new one; from prepared parameters."""
+        """What the method's function gives, or the mixer's mix of updates; from prepared parameters."""
         own, members = p
         given = {**given, **fixed}
         if isinstance(self.method, Mixer):
@@ -67,7 +67,7 @@ class Recipe:
             note_weights(fixed["site"], weights)
             mix = self.method.mix(own, weights, stacked)
             return mix + query if self.method.adds_query(self.members) else mix
-        return _ask(self.method, "update" if self.method.additive else "forward", own, given)
+        return _ask(self.method, self.method.acts, own, given)
 
 
 Parameters = tuple[Params, list[Params]]
@@ -103,28 +103,30 @@ class Call:
     residual: Tensor | None = None
     banks: Banks | None = None
     owned: bool = False
-    kept: Tensor | None = None
 
-    def rowwise(self, names: Iterable[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
+    def rowwise(self, names: Collection[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
         """The tensors asked for that have a row per text, of some rows or all."""
-        given = {name: getattr(self, name) for name in ("h", "x", "residual", "normed") if name in names}
         every = isinstance(rows, slice) and rows == slice(None)
-        return given if every else {name: value[rows] for name, value in given.items()}
+
+        def own(value: Any) -> Tensor:
+            return value if every else value[rows]
+
+        def normed(h: Tensor, residual: Tensor | None) -> Tensor:
+            assert residual is not None
+            total = h + residual
+            return total if norm is None else norm(total)
+
+        norm = self.site.norm
+        given = {name: own(getattr(self, name)) for name in ("h", "x", "residual") if name in names}
+        if "normed" in names:  # trained copies of the norm look at the route, which is that of all rows
+            alone = norm is None or not norm._forward_hooks
+            given["normed"] = normed(own(self.h), own(self.residual)) if alone else own(normed(self.h, self.residual))
+        return given
 
     def fixed(self, names: Collection[str] = ("weight", "bias")) -> dict[str, Any]:
         """What is the same for all rows: of the site's weight and bias those that are asked for."""
         given = {name: getattr(self.site, name) for name in ("weight", "bias") if name in names}
         return {**given, "training": self.training, "site": self.site.name}
-
-    @property
-    def normed(self) -> Tensor:
-        """``LN(h + residual)``, or the sum where no LayerNorm follows; computed once."""
-        if self.kept is None:
-            assert self.residual is not None
-            total = self.h + self.residual
-            self.kept = total if self.site.norm is None else self.site.norm(total)
-        assert self.kept is not None
-        return self.kept
 
 
 def cast(p: "Parameters", dtype: torch.dtype) -> "Parameters":

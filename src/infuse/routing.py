@@ -49,6 +49,12 @@ class Group:
             self.found[slots] = slots_at(slots, at.device) if every else at[self.which]
         return self.found[slots]
 
+    def index_of_runs(self, slots: tuple[int, ...]) -> slice | Int[Tensor, " runs"]:
+        """The slot of every run of the table."""
+        if ("runs", slots) not in self.found:
+            self.found["runs", slots] = slots_at(tuple(slots[i] for i in self.runs), self.which.device)
+        return self.found["runs", slots]
+
     @cached_property
     def table(self) -> Int[Tensor, "runs width"]:
         """Runs of rows of one adapter each, its last ones filled up with another of its rows; see ``runs``."""
@@ -85,6 +91,7 @@ class Mixed:
     names: tuple[str | None, ...]
     levels: "list[Route] | None" = None
     plans: dict[Any, list[Group]] = field(default_factory=dict)
+    groups: dict[Any, Group] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     alike: list[tuple[Adapter, list[int]]] = field(default_factory=list)
 
@@ -92,17 +99,20 @@ class Mixed:
         """The groups of rows that have a delta at ``site``."""
         kinds = tuple(adapter.kinds.get(site.name) for adapter, _ in self.alike)
         if (kinds, device) not in self.plans:  # most sites share one plan
-            rows: dict[Any, list[int]] = {}
-            for kind, (_, own) in zip(kinds, self.alike, strict=True):
+            alike: dict[Any, list[int]] = {}
+            for i, kind in enumerate(kinds):
                 if kind is not None:
-                    rows.setdefault(kind, []).extend(own)
-            groups = [self._group(adapters, k, sorted(r), device) for k, r in rows.items()]
+                    alike.setdefault(kind, []).append(i)
+            groups = [self._group(adapters, kind, tuple(which), device) for kind, which in alike.items()]
             # Scattered rows first: slices are cut from what those have left.
             groups.sort(key=lambda g: (g.rows.start or 0) if isinstance(g.rows, slice) else -1)
             self.plans[kinds, device] = groups
         return self.plans[kinds, device]
 
-    def _group(self, adapters: Mapping[str, Adapter], kind: Any, rows: list[int], device: torch.device) -> Group:
+    def _group(self, adapters: Mapping[str, Adapter], kind: Any, alike: tuple[int, ...], device: torch.device) -> Group:
+        if (kind, alike, device) in self.groups:  # sites with different plans may share groups
+            return self.groups[kind, alike, device]
+        rows = sorted(row for i in alike for row in self.alike[i][1])
         own: list[Any] = [self.names[row] for row in rows]  # none of them None: those have no kind
         index = {name: i for i, name in enumerate(dict.fromkeys(own))}
         for name in index:
@@ -117,7 +127,9 @@ class Mixed:
             at = slice(first, last)
         else:
             at = torch.tensor(rows, device=device)
-        return Group(kind, versions, at, which, TOKENS if current_packed() else 0)
+        group = Group(kind, versions, at, which, TOKENS if current_packed() else 0)
+        self.groups[kind, alike, device] = group
+        return group
 
     def sort(self, adapters: Mapping[str, Adapter]) -> None:
         """Find the rows whose adapters run as one: before a call, as ``torch.compile`` can't compare signatures."""
@@ -131,6 +143,7 @@ class Mixed:
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
         self.plans.clear()
+        self.groups.clear()
         self.versions.clear()
         for level in self.levels or ():
             if isinstance(level, Mixed):

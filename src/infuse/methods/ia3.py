@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from infuse.lean import scale
 from infuse.method import Method, Params, register
 from infuse.sites import Site
 from infuse.spaces import Choice, Log
@@ -47,8 +46,8 @@ class IA3(Method):
     def init(self, site: Site) -> dict[str, Tensor]:
         return {"l": torch.ones(site.width)}
 
-    def forward(self, p: Params, h: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-        return scale(h, p["l"])
+    def factor(self, p: Params) -> Float[Tensor, "*rows width"]:
+        return p["l"]
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
         if side == "input":

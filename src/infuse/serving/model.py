@@ -66,6 +66,7 @@ class Here:
         precision = name_of(next(base.model.parameters()).dtype)
         self.about = About(base.name, precision, Base.of(base.model, arch_of(base.model)))
 
+    @torch.inference_mode()  # what nobody can write to need not be looked at before every pass
     def attach(self, file: File, name: str) -> None:
         files.attach(self.base.model, file, name)
 
