@@ -48,6 +48,7 @@ def _serve(config: ServeConfig, model: "Several", token: str | None, say: Callab
 
     from infuse.serving.app import create_app
     from infuse.serving.engine import Engine
+    from infuse.serving.model import spare_what_stays
 
     bound = _bind(config.host, config.port)
     host, port = bound.getsockname()[:2]
@@ -58,6 +59,7 @@ def _serve(config: ServeConfig, model: "Several", token: str | None, say: Callab
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         # Shells start background jobs with this one ignored; uvicorn ends by it all the same, and then so must we.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    spare_what_stays()
     say(f"{model.about.name} ({model.about.precision}) at http://{f'[{host}]' if ':' in host else host}:{port}")
     threading.Thread(target=_end_with, args=(model, server), daemon=True).start()
     server.run(sockets=[bound])
