@@ -1,6 +1,7 @@
 """What the benchmarks of serving share: a server in a process of its own, a small fast client, random texts."""
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -144,6 +145,7 @@ def percentiles(seconds: Sequence[float]) -> Mapping[str, float]:
 
 def run(work: Any) -> Any:
     """``asyncio.run`` on the faster loop where it is installed."""
+    gc.freeze()  # full collections of all that was imported would look like the server's pauses
     try:
         import uvloop
     except ImportError:

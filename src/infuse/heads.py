@@ -113,9 +113,13 @@ class Head(nn.Module):
         self.temperature, self.threshold = float(temperature), float(threshold)
 
     def forward(self, x: Pooled) -> Float[Tensor, "rows labels"]:
+        return self.score(features(self.kind, x))
+
+    def score(self, x: Pooled) -> Float[Tensor, "rows labels"]:
+        """Logits from :func:`features`, which heads of a kind may share."""
         if self.kind == "linear":
             return F.linear(x, self.weight, self.bias)
-        logits = self.log_scale.exp() * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+        logits = self.log_scale.exp() * F.linear(x, F.normalize(self.weight, dim=-1))
         return logits + self.bias if self.multi else logits
 
     @torch.no_grad()
@@ -179,6 +183,11 @@ class Head(nn.Module):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def features(kind: str, pooled: Pooled) -> Pooled:
+    """What a head of this kind looks at: unit vectors for ``cosine``."""
+    return F.normalize(pooled, dim=-1) if kind == "cosine" else pooled
 
 
 class Ranked(NamedTuple):
@@ -255,12 +264,16 @@ def grouped(
     for at, row in enumerate(order):
         rows.setdefault(names[row], []).append(at)
     mask = batch["attention_mask"]
-    pooled = {
-        how: pool(out["last_hidden_state"], mask, how) for how in {h.pooling for h in heads.values() if h.kind != "hf"}
-    }
+    found: dict[tuple[str, str], Tensor] = {}
     for name, own in rows.items():
         head, at = heads[name], slice(own[0], own[-1] + 1)
-        yield head, [order[i] for i in own], head(pooled[head.pooling][at]) if head.kind != "hf" else out["logits"][at]
+        if head.kind == "hf":
+            yield head, [order[i] for i in own], out["logits"][at]
+            continue
+        key = head.kind, head.pooling
+        if key not in found:
+            found[key] = features(head.kind, pool(out["last_hidden_state"], mask, head.pooling))
+        yield head, [order[i] for i in own], head.score(found[key][at])
 
 
 def run(

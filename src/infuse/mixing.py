@@ -1,7 +1,6 @@
 """The arithmetic of a call: a site's activation under its route, mixed batches included."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from infuse.routing import Group, Mixed, Route, levels
 def adapted(adapters: Mapping[str, Adapter], route: Route, call: Call) -> Float[Tensor, "rows *positions width"]:
     """The activation of a call's site under ``route``; stacked adapters act one after the other."""
     for level in levels(adapters, route):
-        call = replace(call, h=_adapted(adapters, level, call))
+        call.h = _adapted(adapters, level, call)
     return call.h
 
 

@@ -198,7 +198,7 @@ def side_by_side(adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[
 def route_of(names: str | Sequence[str | None] | None, known: Mapping[str, Any]) -> Route:
     """A route from one name or from a name per row; an error for a name that is not attached."""
     rows = (names,) if names is None or isinstance(names, str) else tuple(names)
-    for name in rows:
+    for name in dict.fromkeys(rows):
         if name is not None and name not in known:
             have = ", ".join(known) or "none"
             raise InfuseError(f"Unknown adapter {name!r}; the model has {have}. Attach or load it first.")
@@ -210,9 +210,10 @@ def levels(adapters: Mapping[str, Adapter], route: Route) -> Sequence[Route]:
     if not isinstance(route, Mixed):
         return _chain(adapters, route) if route is not None else (None,)
     if route.levels is None:
-        chains = [() if name is None else _chain(adapters, name) for name in route.names]
-        depth = max([1, *(len(chain) for chain in chains)])
-        columns = [tuple(c[i] if i < len(c) else None for c in chains) for i in range(depth)]
+        chains = {name: () if name is None else _chain(adapters, name) for name in dict.fromkeys(route.names)}
+        depth = max([1, *map(len, chains.values())])
+        firsts = [{name: c[i] if i < len(c) else None for name, c in chains.items()} for i in range(depth)]
+        columns = [tuple(first[name] for name in route.names) for first in firsts]
         # Not [route]: a cycle would keep the adapters of every call until the next full garbage collection.
         own = [] if columns == [route.names] else [Mixed(names) for names in columns]
         for level in own or (route,):
