@@ -22,12 +22,12 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from infuse.adapter import classification_head
+from infuse.adapter import Adapter, classification_head
 from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
 from infuse.errors import InfuseError, listed
-from infuse.heads import POOLINGS
+from infuse.heads import POOLINGS, Head
 from infuse.precision import dtype_of
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -154,6 +154,23 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def write_plain(base: BaseModel, adapter: Adapter, folder: Path) -> None:
+    """The base as a plain transformers model with its tokenizer.
+
+    An adapter's own copies take the place of their modules, and a head that is the model's own tells its labels there.
+    """
+    model: Any = base.model
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("infuse.")}
+    for path, own in adapter.copies.items():
+        state |= {f"{path.replace('/', '.')}.{name}": value for name, value in own.state_dict().items()}
+    if isinstance(head := adapter.head, Head) and head.kind == "hf":
+        model.config.id2label = dict(enumerate(head.labels))
+        model.config.label2id = {label: i for i, label in enumerate(head.labels)}
+        model.config.problem_type = f"{'multi' if head.multi else 'single'}_label_classification"
+    model.save_pretrained(folder, state_dict=state)
+    base.tokenizer.save_pretrained(folder)
 
 
 def skeleton(name: str) -> nn.Module:

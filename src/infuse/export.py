@@ -1,9 +1,8 @@
 """A trained adapter folded into its base: a plain transformers model that needs nothing at inference."""
 
 from pathlib import Path
-from typing import Any
 
-from infuse.bases import load_base
+from infuse.bases import load_base, write_plain
 from infuse.checkpoint import save
 from infuse.heads import Head, head_of
 from infuse.model import attach, merge, store_of
@@ -18,11 +17,9 @@ def merge_run(run: str | Path, out: Path, base: str | None = None) -> Path:
     """
     check_folder(out, ours=False)
     predictor = open_run(run, base, precision="fp32")
-    model: Any = predictor.base.model
+    model = predictor.base.model
     merge(model, predictor.adapter)
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith("infuse.")}
-    model.save_pretrained(out / MODEL, state_dict=state)
-    predictor.base.tokenizer.save_pretrained(out / MODEL)
+    write_plain(predictor.base, store_of(model)[predictor.adapter], out / MODEL)
     head = head_of(model, predictor.adapter)
     merged = load_base(str(out / MODEL), labels=len(head.labels) if head.kind == "hf" else None, pooling=head.pooling)
     bare = attach(merged.model, "head", ADAPTER, trained=())

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from infuse.bases import BaseModel, load_base
+from infuse.bases import BaseModel, load_base, write_plain
 from infuse.checkpoint import header, save
 from infuse.data import Rows, Splits, digest, splits_of
 from infuse.errors import InfuseError
 from infuse.method import Mixer, make
-from infuse.model import summary
+from infuse.model import store_of, summary
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.texts import probabilities
@@ -233,10 +233,7 @@ def write_model(base: BaseModel, whole: bool, folder: Path) -> None:
     """The adapter, in ``adapter/``; with ``whole``, under full fine-tuning, also the model, in ``model/``."""
     save(base.model, ADAPTER, folder / ADAPTER)
     if whole:
-        model: Any = base.model
-        own = {k: v for k, v in model.state_dict().items() if not k.startswith("infuse.")}
-        model.save_pretrained(folder / MODEL, state_dict=own)
-        base.tokenizer.save_pretrained(folder / MODEL)
+        write_plain(base, store_of(base.model)[ADAPTER], folder / MODEL)
 
 
 def _write_classes(folder: Path, targets: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> None:
