@@ -1,7 +1,10 @@
 """What is imported, and when: nobody waits for what is not needed."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 
 def test_help_and_mistyped_flags_wait_for_no_model_library():
@@ -42,6 +45,36 @@ def test_a_mistake_in_a_process_of_its_own():
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("infuse: Unknown method 'magic'") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, code, shown", [
+    ("predict nowhere <&-", 2, "no text to label"), ("sites '{base}' >&-", 0, ""),
+])  # fmt: skip
+def test_closed_standard_streams_are_empty(tiny_base, arguments, code, shown):
+    infuse = f'"{sys.executable}" -c "from infuse.cli import main; main()"'
+    shell = f"{infuse} {arguments.format(base=tiny_base)}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "") and shown in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_standard_input_and_output_are_utf8_in_every_locale(encoding):
+    """Files are, too; and the mark that Windows puts before a text is no part of it."""
+    code = """
+from types import SimpleNamespace
+from infuse import cli, console
+from infuse.training import predictor
+predictor.open_run = lambda *_: SimpleNamespace(answers=lambda texts, _: texts)
+console.show_predictions = lambda texts, *_: console.out.print(ascii(texts), *texts)
+cli.main(["predict", "run"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\ufeffcafé\n日本\n".encode(), capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == f"{('café', '日本')!a} café 日本\n"
 
 
 def test_threads_may_be_the_first_to_use_names_at_once():

@@ -3,7 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from io import TextIOWrapper, UnsupportedOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -260,6 +262,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``infuse``: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    _open_streams()
     try:
         config = _parse(arguments)
         run = next(run for kind, run in COMMANDS.values() if type(config) is kind)
@@ -281,6 +284,16 @@ def main(arguments: list[str] | None = None) -> None:
         )  # fmt: skip
         _drop_output()
         sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Standard input and output are UTF-8 as files are, whatever the locale; where they are closed, they are empty."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115  # open to the end
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream, encoding in ((sys.stdin, "utf-8-sig"), (sys.stdout, "utf-8")):
+        if isinstance(stream, TextIOWrapper) and stream.encoding != encoding:
+            with suppress(UnsupportedOperation):  # of a stream that was read from before
+                stream.reconfigure(encoding=encoding)
 
 
 def _drop_output() -> None:
