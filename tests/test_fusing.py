@@ -9,6 +9,7 @@ import torch
 from conftest import LABELS, write_rows
 from safetensors.torch import load_file
 
+from infuse.checkpoint import header
 from infuse.cli import main
 from infuse.model import check_name
 from infuse.training.members import member_names
@@ -100,6 +101,8 @@ def test_average_of_runs_predicts(runs, tiny_base, capsys):
     for name, value in soup.items():
         torch.testing.assert_close(value, (a[name] + b[name]) / 2)
     assert open_run(runs / "soup").labels == tuple(sorted(LABELS[:3]))
+    told = header(left / "adapter")["info"], header(runs / "soup")["info"]  # nobody has measured the average yet
+    assert set(told[0]) == {"run", "metrics", "data", "data_sha256"} and set(told[1]) == {"run", "average"}
     again = ["average", str(runs / "again"), str(left), "--out"]
     main([*again, str(runs / "soup")])  # an average may take the place of another one, but not of anything else
     for other in (left, left / "adapter"):

@@ -56,8 +56,9 @@ def average_runs(config: AverageConfig) -> Path:
         states = [head.state_dict() for head in heads if head is not None]
         mean = {n: sum((w * s[n] for w, s in zip(share, states, strict=True)), torch.zeros(())) for n in states[0]}
         soup.head = Head.restore(fresh[0], mean)
-    info = {k: v for k, v in store_of(model)[names[0]].info.items() if k != "calibration"}
-    soup.info = info | {"average": [str(run) for run in config.runs]}
+    known = store_of(model)[names[0]].info  # of which the data, the metrics and the calibration are the run's alone
+    soup.info = {name: known[name] for name in ("run", "label_type") if name in known}
+    soup.info["average"] = [str(run) for run in config.runs]
     return save(model, soup.name, config.out)
 
 
