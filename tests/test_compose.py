@@ -10,9 +10,12 @@ import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
 from infuse.adapter import Delta, key
 from infuse.calls import mixing_weights
+from infuse.heads import Head
 from infuse.model import store_of
 from infuse.testing import TINY, inputs, tiny, wake
 from infuse.testing.conformance import close, output
+from infuse.training.engine import TextClassifier, parameter_groups
+from infuse.training.settings import Settings
 
 MEMBERS = ["houlsby", "pfeiffer", "parallel", "compacter:width=8", "lora"]
 
@@ -117,11 +120,32 @@ def test_only_the_fusion_learns():
 def test_penalty_is_zero_only_for_the_identity():
     model, _ = trained("bert", "pfeiffer")
     fused = infuse.fuse(model, ["a", "b"], "fusion:regulariser=0.5")
-    value = next(iter(fused.deltas.values())).V
-    eye = torch.eye(len(value))
+    eye = torch.eye(len(next(iter(fused.deltas.values())).V))
+    assert infuse.model.penalty(model, "a,b") < 1e-6
+    for delta in fused.deltas.values():
+        delta.V.data += 0.1
     expected = 0.5 * sum((d.V - eye).square().sum() for d in fused.deltas.values())
     torch.testing.assert_close(infuse.model.penalty(model, "a,b"), expected)
     assert infuse.model.penalty(model, "a") == 0
+
+
+def test_training_keeps_the_values_of_a_fusion_near_the_identity():
+    """The penalty is a part of the loss, and weight decay, which would pull them to zero, leaves them alone."""
+    model, batch = trained("bert", "pfeiffer")
+    fused = infuse.fuse(model, ["a", "b"], "fusion:regulariser=0.5", name="f")
+    fused.head = Head("linear", "xyz", model.config.hidden_size)
+    for delta in fused.deltas.values():
+        delta.V.data += 0.1
+    settings, labels = Settings(weight_decay=0.1), torch.arange(3)
+    classifier = TextClassifier(model, "f", settings)
+    with infuse.route(model, "f"):
+        given = classifier(batch["input_ids"], batch["attention_mask"], labels)
+    penalty = infuse.model.penalty(model, "f")
+    torch.testing.assert_close(given["loss"], fused.head.loss(given["logits"], labels) + penalty)
+    assert penalty > 1
+    decay = {id(p): g["weight_decay"] for g in parameter_groups(classifier, settings) for p in g["params"]}
+    for delta in fused.deltas.values():
+        assert {n: decay[id(p)] for n, p in delta.params.items()} == {"Q": 0.1, "q": 0, "K": 0.1, "k": 0, "V": 0}
 
 
 def test_weights_can_be_read_and_sum_to_one():

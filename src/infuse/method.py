@@ -73,6 +73,8 @@ class Method(ABC):
     """Whether that function also takes parameters with a row per text, matrices (rows, a, b) and vectors
     (rows, 1, n), for activations (rows, positions, width), each position by itself. Others run under ``vmap`` in mixed
     batches, at more cost."""
+    undecayed: ClassVar[tuple[str, ...]] = ()
+    """Parameters that weight decay leaves alone though they are matrices."""
     asks: ClassVar[Mapping[str, frozenset[str]]] = {}
     """Function → names of the tensors that it asks for; filled from the signatures."""
 
@@ -198,9 +200,6 @@ class Mixer(Method):
 
     ``init`` gives the mixer's own parameters at a site. The query is what the last member reads there.
     """
-
-    undecayed: ClassVar[tuple[str, ...]] = ()
-    """Parameters that weight decay must leave alone."""
 
     def mixed(self, members: "tuple[Method, ...]") -> "tuple[Method, ...]":
         """The members' settings at a site under which their updates are mixed; by default their own."""

@@ -1,5 +1,6 @@
 """Compacter: bottlenecks whose matrices are sums of Kronecker products with a shared rule."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -22,10 +23,11 @@ from infuse.spaces import Choice, Log
 class Compacter(Method):
     """A bottleneck ``h' = h + s·(f(z·H_D + b)·H_U + c)`` with ``H = Σᵢ Aᵢ ⊗ Wᵢ`` and ``Wᵢ = sᵢ·tᵢ`` of rank 1.
 
-    ``Aᵢ`` (n, n) is the rule, learned, N(0, 1e-4) at the start and shared by all sites; ``Wᵢ`` is (in/n, out/n).
-    Karimi Mahabadi et al. 2021, arXiv:2106.04647. Compacter sits at attention and feed-forward outputs and reads ``h``;
-    ``compacter++`` at feed-forward outputs only (and reads ``LN(h + r)``, as AdapterHub has it); ``phm`` is the plain
-    parameterised hypercomplex layer: whole ``Wᵢ`` and a rule per matrix.
+    ``Aᵢ`` (n, n) is the rule, learned, shared by all sites, with σ = 1e-4 at the start; ``Wᵢ`` is (in/n, out/n), and it
+    or its factors start Xavier-uniform with a gain of √2, as in the paper's code. Karimi Mahabadi et al. 2021,
+    arXiv:2106.04647. Compacter sits at attention and feed-forward outputs and reads ``h``; ``compacter++`` at
+    feed-forward outputs only (and reads ``LN(h + r)``, as AdapterHub has it); ``phm`` is the plain parameterised
+    hypercomplex layer: whole ``Wᵢ`` and a rule per matrix.
     """
 
     roles: tuple[str, ...] = ("attention_output", "ffn_output")
@@ -124,4 +126,4 @@ class Compacter(Method):
 
 
 def _xavier(rows: int, columns: int) -> Tensor:
-    return torch.nn.init.xavier_normal_(torch.empty(rows, columns))
+    return torch.nn.init.xavier_uniform_(torch.empty(rows, columns), gain=math.sqrt(2))

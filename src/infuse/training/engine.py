@@ -164,14 +164,16 @@ def trained(model: Any) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameter_groups(model: TextClassifier, settings: Settings) -> list[dict[str, Any]]:
-    """Deltas and head at their learning rates; weight decay on matrices only."""
+    """Deltas and head at their learning rates; weight decay on matrices only, and not on those of ``undecayed``."""
     head = {id(p) for m in (model.adapter.head, model.adapter.copies) if m is not None for p in m.parameters()}
+    spared = {id(d.params[n]) for d in model.adapter.deltas.values() for n in d.method.undecayed}  # type: ignore[union-attr, operator]  # deltas
     rate = settings.learning_rate or model.adapter.method.rate
     rates = {False: rate, True: settings.head_learning_rate}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for _, parameter in trained(model):
-        groups.setdefault((id(parameter) in head, parameter.dim() > 1), []).append(parameter)
+        decayed = parameter.dim() > 1 and id(parameter) not in spared
+        groups.setdefault((id(parameter) in head, decayed), []).append(parameter)
     return [
-        {"params": parameters, "lr": rates[is_head], "weight_decay": settings.weight_decay if matrix else 0.0}
-        for (is_head, matrix), parameters in groups.items()
+        {"params": parameters, "lr": rates[is_head], "weight_decay": settings.weight_decay if decayed else 0.0}
+        for (is_head, decayed), parameters in groups.items()
     ]
