@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from shutil import which
 from urllib.request import urlopen
 
 import pytest
@@ -16,11 +17,31 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+SERVER = re.compile(r"^\$ infuse serve .*&$", re.M)
+
+
+def fenced(path, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S)
+
+
 def blocks(language):
     return [
-        pytest.param(match[1], id=f"{path.name}-{i}")
+        pytest.param(block, id=f"{path.name}-{i}")
         for path in DOCUMENTS
-        for i, match in enumerate(re.finditer(rf"^```{language}\n(.*?)^```", path.read_text(), re.M | re.S))
+        for i, block in enumerate(fenced(path, language))
+    ]
+
+
+def sessions():
+    """The ``console`` blocks; with the one that starts a server, the ``sh`` and ``py`` blocks that ask it."""
+    return [
+        pytest.param(
+            session,
+            {language: fenced(path, language) for language in ("sh", "py")} if SERVER.search(session) else {},
+            id=f"{path.name}-{i}",
+        )
+        for path in DOCUMENTS
+        for i, session in enumerate(fenced(path, "console"))
     ]
 
 
@@ -40,8 +61,17 @@ def test_snippet(code, tmp_path):
     run([sys.executable, "-c", code], tmp_path)
 
 
-@pytest.mark.parametrize("session", blocks("console"))
-def test_commands(session, tmp_path):
+def test_every_block_is_run():
+    for path in DOCUMENTS:
+        languages = set(re.findall(r"^```(\w+)", path.read_text(), re.M))
+        assert languages <= {"python", "console", "sh", "py"}, f"{path.name}: nothing runs {languages}"
+        if languages & {"sh", "py"}:
+            starting = [session for session in fenced(path, "console") if SERVER.search(session)]
+            assert len(starting) == 1, f"{path.name}: {len(starting)} blocks start the server that sh and py blocks ask"
+
+
+@pytest.mark.parametrize("session, asking", sessions())
+def test_commands(session, asking, tmp_path):
     with ExitStack() as servers:
         for line in session.splitlines():
             assert line.startswith("$ infuse "), f"a console block holds commands of infuse: {line!r}"
@@ -51,6 +81,13 @@ def test_commands(session, tmp_path):
                 servers.enter_context(serving(command, tmp_path))
             else:
                 assert run([*command, last], tmp_path).strip()
+        for code in asking.get("py", ()):
+            assert run([sys.executable, "-c", code], tmp_path).strip()
+        if asking.get("sh") and not which("curl"):
+            pytest.skip("curl is not installed: all but the sh blocks ran")
+        for command in asking.get("sh", ()):
+            answer = run(["sh", "-ec", command], tmp_path)
+            assert answer and '"error"' not in answer, f"{command}\n{answer}"
 
 
 @contextmanager
