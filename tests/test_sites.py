@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import infuse
-from infuse import IA3, InfuseError, LoRA
-from infuse.sites import match_path
+from infuse import IA3, Arch, InfuseError, LoRA, Stack
+from infuse.sites import match_path, site_at
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
@@ -94,3 +94,23 @@ def test_roles_must_exist():
         infuse.attach(tiny("bert"), IA3(roles=("key", "ffn_gate")))
     with pytest.raises(InfuseError, match="LoRA is not defined at ffn_hidden"):
         infuse.attach(tiny("bert"), LoRA(roles=("ffn_hidden",)))
+
+
+def test_a_module_that_is_read_and_never_called_is_refused_and_not_proposed():
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    with pytest.raises(InfuseError, match=r"linear1.*linear2") as proposed:
+        infuse.attach(model, IA3())
+    assert "out_proj" not in str(proposed.value)
+    ffn = {"ffn_up": "linear1", "ffn_output": "linear2"}
+    every = Arch(("TransformerEncoder",), (Stack("layers", ffn | {"attention_output": "self_attn.out_proj"}),))
+    with pytest.raises(InfuseError, match=r"reads the weight of 'layers.0.self_attn.out_proj' without calling it"):
+        infuse.attach(model, LoRA(roles=("attention_output",)), arch=every)
+    with pytest.raises(InfuseError, match="without calling it"):
+        site_at(model, "layers.1.self_attn.out_proj")
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():  # torch's fused path, which calls no module
+        before = model(x)
+        infuse.attach(model, LoRA(roles=tuple(ffn)), "a", arch=Arch(every.types, (Stack("layers", ffn),)))
+        wake(model, "a")
+        assert not torch.allclose(model(x), before)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear as _Uncalled  # nn.MultiheadAttention's out_proj
 
 from infuse.arch import ARCHS, ROLES, Arch, Part, Stack
 from infuse.errors import InfuseError, listed
@@ -251,6 +252,11 @@ def _site(module: nn.Module, path: str, role: str, stack: str, layer: int, name:
     features = linear_features(module)
     if not features:
         raise InfuseError(f"{path!r} is a {type(module).__name__}; a role must name a linear module.")
+    if isinstance(module, _Uncalled):
+        raise InfuseError(
+            f"nn.MultiheadAttention reads the weight of {path!r} without calling it, so that an adapter there would "
+            "change nothing; leave it out, and adapt ffn_up or ffn_output."
+        )
     label = name if role == "module" else f"{name}.{role}"
     return Site(label, role, stack, layer, path, prefix, module, "output", 0, features[1], *features)
 
@@ -311,7 +317,7 @@ def _layer_lists(model: nn.Module) -> list[str]:
 
 
 def _linears(layer: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in layer.named_modules() if linear_features(m)}
+    return {n: m for n, m in layer.named_modules() if linear_features(m) and not isinstance(m, _Uncalled)}
 
 
 # Names that published models give to the linear modules of a role, for the suggestion in an error.
