@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import infuse
-from infuse.calls import mixing_weights
 from infuse.model import fuse
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
@@ -62,7 +61,7 @@ def test_weights_that_are_asked_for_later_are_noted():
 
     def run():
         output(compiled, inputs(model))
-        with mixing_weights() as weights:
+        with infuse.mixing_weights() as weights:
             output(compiled, inputs(model))
         found.extend(weights)
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForSequenceClassification
 import infuse
 from infuse import IA3, Bottleneck, Compacter, LoRA
 from infuse.adapter import Delta, key
-from infuse.calls import mixing_weights
 from infuse.heads import Head
 from infuse.model import store_of
 from infuse.testing import TINY, inputs, tiny, wake
@@ -151,12 +150,31 @@ def test_training_keeps_the_values_of_a_fusion_near_the_identity():
 def test_weights_can_be_read_and_sum_to_one():
     model, batch = trained("bert", "houlsby")
     fused = infuse.fuse(model, ["a", "b", "c"])
-    with mixing_weights() as seen:
+    with infuse.mixing_weights() as seen:
         output(model, batch)
+        output(model, batch)
+    output(model, batch)  # nobody listens
     assert set(seen) == set(fused.sites)
-    for (weights,) in seen.values():
-        assert weights.shape == (3, 7, 3)
+    for weights, again in seen.values():
+        assert weights.shape == (3, 7, 3) and not weights.requires_grad
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 7))
+        assert torch.equal(weights, again)
+
+
+def test_weights_tell_the_members_in_their_order():
+    """Where only the first member's update differs, so does its weight alone."""
+    model, batch = trained("bert", "houlsby")
+    fused = infuse.fuse(model, ["a", "b", "c"])
+    (site, delta), *_ = fused.deltas.items()
+    with torch.no_grad():
+        for member in fused.members[1:]:
+            for parameter in model.infuse[member].deltas[site].parameters():
+                parameter.zero_()
+        delta.Q.zero_(), delta.q.copy_(torch.ones_like(delta.q)), delta.K.fill_(1e4)
+        with infuse.mixing_weights() as seen:
+            output(model, batch)
+    (weights,) = seen[next(iter(fused.sites))]
+    assert weights[..., 1].equal(weights[..., 2]) and not weights[..., 0].allclose(weights[..., 1])
 
 
 def test_what_cannot_be_fused_says_so():

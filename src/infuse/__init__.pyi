@@ -18,6 +18,7 @@ from .arch import Arch as Arch
 from .arch import Part as Part
 from .arch import Residual as Residual
 from .arch import Stack as Stack
+from .calls import mixing_weights as mixing_weights
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .classifier import Classifier as Classifier

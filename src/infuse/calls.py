@@ -42,7 +42,14 @@ def forget_residuals(store: Any) -> None:
 
 @contextmanager
 def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
-    """Calls under one mixer within the block leave its weights here: site → (rows, positions, members) per call."""
+    """What a fusion attends to: calls within the block, in this thread, leave the weights of its members.
+
+    Route all rows to one fusion: the parts of mixed batches come one by one.
+
+    Yields:
+        Name of the site → a tensor (rows, positions, members) per call, without gradient and 1 in sum over the members,
+        which are in the order of the adapter's ``members``.
+    """
     outer, _LEFT.weights = _LEFT.weights, {}
     try:
         yield _LEFT.weights
