@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from infuse import lean
@@ -44,9 +45,16 @@ def started(out_features: int, in_features: int, deviation: float | None, cut: b
     return matrix
 
 
-def bottleneck(x: Tensor, down: Tensor, b: Tensor, up: Tensor, c: Tensor, name: str) -> Tensor:
-    """``U·f(D·x + b) + c``; D (r, width), U (width, r)."""
-    return lean.bottleneck(x, down, b, up, c, activation(name))
+def bottleneck(
+    z: Float[Tensor, "*batch in"],
+    down: Float[Tensor, "*rows r in"],
+    b: Float[Tensor, "*rows r"],
+    up: Float[Tensor, "*rows out r"],
+    c: Float[Tensor, "*rows out"],
+    name: str,
+) -> Float[Tensor, "*batch out"]:
+    """``U·f(D·z + b) + c`` with the activation of this name; for ``rows`` see :func:`infuse.lean.linear`."""
+    return lean.bottleneck(z, down, b, up, c, activation(name))
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor, slice]], out_features: int) -> tuple[Tensor, Tensor]:

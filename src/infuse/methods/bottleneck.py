@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
+from infuse.lean import Rows
 from infuse.method import Method, Params, register
 from infuse.ops import STARTS, activation, bottleneck, started
 from infuse.sites import Site
@@ -72,14 +73,17 @@ class Bottleneck(Method):
 
     @classmethod
     def houlsby(cls, **settings: Any) -> "Bottleneck":
+        """After attention and feed-forward, reading ``h``; ``settings`` change fields."""
         return cls(**settings)
 
     @classmethod
     def pfeiffer(cls, **settings: Any) -> "Bottleneck":
+        """After feed-forward only, reading ``LN(h + r)``; ``settings`` change fields."""
         return cls(**{**cls.presets["pfeiffer"], **settings})
 
     @classmethod
     def parallel(cls, **settings: Any) -> "Bottleneck":
+        """Beside feed-forward, reading its input, at twice the learning rate; ``settings`` change fields."""
         return cls(**{**cls.presets["parallel"], **settings})
 
     @property
@@ -111,7 +115,7 @@ class Bottleneck(Method):
     def wants(self, function: str) -> frozenset[str]:
         return frozenset({SOURCES[self.reads], "training"}) if function == "update" else super().wants(function)
 
-    def update(self, p: Params, training: bool, **source: Tensor) -> Tensor:
+    def update(self, p: Params, training: bool, **source: Rows) -> Rows:
         (z,) = source.values()
         out = bottleneck(z, p["D"], p["b"], p["U"], p["c"], self.activation)
         if self.learned_scale or self.scale != 1:
@@ -142,7 +146,5 @@ def width_at(method: Any, site: Site) -> int:
 def check_reads(reads: str, site: Site) -> None:
     """Raise if a site has no residual for a bottleneck that reads it."""
     if reads != "output" and site.source is None:
-        raise InfuseError(
-            f"The residual at {site.name} is unknown, which reads={reads!r} needs: adapt attention_output or "
-            "ffn_output, or add a Residual to the architecture's row."
-        )
+        remedy = "adapt attention_output or ffn_output, or add a Residual to the architecture's row"
+        raise InfuseError(f"The residual at {site.name} is unknown, which reads={reads!r} needs: {remedy}.")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
+from infuse.lean import Rows
 from infuse.method import Method, Params, register
 from infuse.methods.bottleneck import SOURCES, check_bottleneck, check_reads, width_at
 from infuse.ops import bottleneck
@@ -110,7 +111,7 @@ class Compacter(Method):
     def wants(self, function: str) -> frozenset[str]:
         return frozenset({SOURCES[self.reads], "training"}) if function == "update" else super().wants(function)
 
-    def update(self, p: Params, training: bool, **source: Tensor) -> Tensor:
+    def update(self, p: Params, training: bool, **source: Rows) -> Rows:
         (z,) = source.values()
         out = bottleneck(z, p["D"], p["b"], p["U"], p["c"], self.activation)
         return F.dropout(out, self.dropout, training) if self.dropout else out
