@@ -91,6 +91,19 @@ def test_overwriting_a_fusion_leaves_nothing_of_it(runs, tiny_base, tmp_path, ca
     assert {p.name for p in (tmp_path / "fused").rglob("*")} == {p.name for p in (runs / "left").rglob("*")}
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_members_that_do_not_fit_leave_nothing(runs, tiny_base, tmp_path, there, capsys):
+    out = tmp_path / "fused"
+    if there:
+        out.mkdir()
+    main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--out", str(tmp_path / "ia3"), *QUICK])
+    with pytest.raises(SystemExit):
+        main(["fuse", str(runs / "left"), str(tmp_path / "ia3"), "--data", str(runs / "left.csv"),
+              "--base", str(tiny_base), "--out", str(out), *QUICK])  # fmt: skip
+    assert "can't be fused" in " ".join(capsys.readouterr().err.split())
+    assert out.exists() == there and not list(out.glob("*"))
+
+
 def test_average_of_runs_predicts(runs, tiny_base, capsys):
     left = runs / "left"
     main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",

@@ -195,7 +195,7 @@ def _prepare(config: TrainConfig, keep: bool) -> Path:
 def _staged(config: TrainConfig, data: str) -> Iterator[Path]:
     """A folder for what a run makes, put into the run's own once all is made: an older run stays until then."""
     folder = config.folder()
-    begun = folder / CHECKPOINTS
+    begun, made = folder / CHECKPOINTS, not folder.exists()
     if config.overwrite:
         shutil.rmtree(begun, ignore_errors=True)
     new = begun / "results"
@@ -207,11 +207,12 @@ def _staged(config: TrainConfig, data: str) -> Iterator[Path]:
         yield new
     except Exception as error:
         if isinstance(error, InfuseError) or (folder / _METRICS).exists():  # else the run can be resumed
-            shutil.rmtree(begun, ignore_errors=True)  # other settings may now use the folder, or the older run goes on
+            # Other settings may now use the folder, or the older run goes on.
+            shutil.rmtree(folder if made else begun, ignore_errors=True)
         raise
     _clear(folder)
-    for made in (*new.iterdir(), begun / CONFIG):
-        os.replace(made, folder / made.name)
+    for path in (*new.iterdir(), begun / CONFIG):
+        os.replace(path, folder / path.name)
     shutil.rmtree(begun)
 
 
