@@ -194,6 +194,35 @@ def test_what_cannot_be_fused_says_so():
     assert not hasattr(model, "infuse")
 
 
+@pytest.mark.parametrize(
+    ("layers", "chosen"), [("last:1", {2}), ([0, 2], {0, 2}), ("all", {0, 1, 2}), (None, {0, 1, 2})]
+)
+def test_fusions_take_the_layers_asked_for(layers, chosen, tmp_path):
+    model = tiny("bert", num_hidden_layers=3)
+    for seed, name in enumerate("ab"):
+        infuse.attach(model, "pfeiffer", name)
+        wake(model, name, seed)
+    fused = infuse.fuse(model, ["a", "b"], name="f", layers=layers)
+    assert {site.layer for site in fused.sites.values()} == chosen
+    infuse.save(model, "f", tmp_path / "f")
+    fresh = tiny("bert", num_hidden_layers=3)
+    infuse.load(fresh, tmp_path / "f")
+    batch = inputs(model)
+    assert torch.equal(output(fresh, batch), output(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [("some", "not understood"), ("9", "layers 0 to 1"), ("last:1", "in layers 0")]
+)
+def test_fusions_refuse_layers_that_are_not_there(layers, message):
+    model = tiny("bert")
+    for name in "ab":
+        infuse.attach(model, "pfeiffer", name, layers=[0])
+    with pytest.raises(infuse.InfuseError, match=message):
+        infuse.fuse(model, ["a", "b"], layers=layers)
+    assert list(model.infuse.adapters) == ["a", "b"]
+
+
 @pytest.mark.parametrize("spec", ["ia3", "houlsby", "lora", "compacter:width=8"])
 def test_average(spec):
     model, _ = trained("bert", spec)

@@ -51,6 +51,16 @@ def test_a_fusion_is_repeated_by_its_own_config(runs, tmp_path):
     assert one.keys() == two.keys() and all(torch.equal(value, two[name]) for name, value in one.items())
 
 
+def test_a_fusion_takes_the_layers_asked_for(runs, tiny_base, tmp_path, capsys):
+    words = ["fuse", str(runs / "left"), str(runs / "fused-right"), "--data", str(runs / "target.csv"),
+             "--base", str(tiny_base), *QUICK]  # fmt: skip
+    main([*words, "--layers", "last:1", "--out", str(tmp_path / "one")])
+    assert {site.split(".")[0] for site in header(tmp_path / "one" / "adapter")["sites"]} == {"1"}
+    with pytest.raises(SystemExit):
+        main([*words, "--layers", "nonsense", "--out", str(tmp_path / "none")])
+    assert "not understood" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_members_keep_their_answers(runs):
     texts = ["my card is gone", "how do I get a statement"]
     before = open_run(runs / "left").probabilities(texts)

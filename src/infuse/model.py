@@ -21,7 +21,7 @@ from infuse.fingerprint import Base
 from infuse.method import Method, Mixer, make, spelled
 from infuse.recipe import kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
-from infuse.sites import Site, arch_of, find_sites, overlap, select, stack_layers, tied
+from infuse.sites import Site, arch_of, find_sites, overlap, select, stack_layers, tied, within
 from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
 
 
@@ -199,6 +199,8 @@ def fuse(
     members: Sequence[str],
     method: Method | str | Mapping[str, Any] = "fusion",
     name: str | None = None,
+    *,
+    layers: str | Sequence[int] | None = None,
 ) -> Adapter:
     """Add a mixer over trained adapters (stage two of AdapterFusion), freeze its members, and make it the active one.
 
@@ -207,14 +209,15 @@ def fuse(
         members: names of two or more adapters whose deltas are additive, at common sites.
         method: ``Fusion()`` or what :func:`infuse.make` understands.
         name: the mixer's name; by default the members' names joined by commas.
+        layers: as for :func:`attach`; the members act in these layers alone.
     Raises:
         InfuseError: an unknown member, fewer than two, a method that can't be mixed, trained LayerNorms, no site that
-            all members adapt.
+            all members adapt in the layers.
     """
     method = make(method)
     if not isinstance(method, Mixer):
         raise InfuseError(f"{type(method).__name__} does not mix adapters; use Fusion.")
-    sites = fusable_sites(model, members)
+    sites = fusable_sites(model, members, layers)
     roles = dict.fromkeys(s.role.removeprefix("cross_") for s in sites)
     adapter = build(name or ",".join(members), replace(method, roles=tuple(roles)), sites)
     return attach_mixer(model, adapter, members)
@@ -237,8 +240,8 @@ def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> 
     return adapter
 
 
-def fusable_sites(model: nn.Module, members: Sequence[str]) -> list[Site]:
-    """The sites that all members adapt by additive deltas."""
+def fusable_sites(model: nn.Module, members: Sequence[str], layers: str | Sequence[int] | None = None) -> list[Site]:
+    """The sites in some layers that all members adapt by additive deltas."""
     store = store_of(model)
     if len(members) < 2 or len(set(members)) < len(members):
         raise InfuseError(f"Fusion needs two or more different adapters, not {listed(members)}.")
@@ -256,7 +259,7 @@ def fusable_sites(model: nn.Module, members: Sequence[str]) -> list[Site]:
     sites = [s for s in store[members[0]].sites.values() if s.name in common]
     if not sites:
         raise InfuseError(f"The adapters {listed(members)} have no site in common; fuse adapters of one method.")
-    return sites
+    return within(sites, layers, store.sites)
 
 
 def penalty(model: nn.Module, name: str) -> Tensor | float:

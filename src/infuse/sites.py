@@ -1,7 +1,7 @@
 """Roles and sites: which modules of one model carry the named activations of its layers."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -109,8 +109,6 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     ``"last:k"``, ``"first:k"``, or indices within each stack.
     """
     sites, roles = list(sites), list(roles)
-    if isinstance(layers, Iterable) and not isinstance(layers, str):
-        layers = list(layers)  # each stack asks for them
     present = {s.role for s in sites}
     check_roles(roles)
     for role in roles:
@@ -119,11 +117,24 @@ def select(sites: Iterable[Site], roles: Iterable[str], layers: "str | Iterable[
     if not roles:
         return []
     wanted = set(roles) | {f"cross_{r}" for r in roles}
+    return within([s for s in sites if s.role in wanted], layers, sites)
+
+
+def within(chosen: Sequence[Site], layers: "str | Iterable[int] | None", sites: Sequence[Site]) -> list[Site]:
+    """Those of the chosen sites that lie in the layers asked for, of a model with ``sites``; see :func:`select`."""
+    if layers is None or (isinstance(layers, str) and layers == "all"):
+        return list(chosen)
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        layers = list(layers)  # each stack asks for them
     asked = {stack: _layer_indices(sites, stack, layers) for stack in {s.stack for s in sites}}
-    chosen = [s for s in sites if s.role in wanted and s.layer in asked[s.stack]]
-    if not chosen or set().union(*asked.values()) - {s.layer for s in sites}:
+    every = set().union(*asked.values())
+    if not every or every - {s.layer for s in sites}:
         raise InfuseError(f"layers={layers!r} does not fit; this model has layers 0 to {max(s.layer for s in sites)}.")
-    return chosen
+    found = [s for s in chosen if s.layer in asked.get(s.stack, ())]
+    if not found:
+        there = listed(sorted({s.layer for s in chosen}), 20)
+        raise InfuseError(f"layers={layers!r} holds nothing to adapt; what there is lies in layers {there}.")
+    return found
 
 
 def overlap(sites: Iterable[Site]) -> list[str]:
@@ -284,10 +295,8 @@ def _span(part: Part, config: Any, width: int) -> dict[str, int]:
     return {"start": start, "stop": start + scale * sizes[part.index]}
 
 
-def _layer_indices(sites: list[Site], stack: str, layers: "str | Iterable[int] | None") -> set[int]:
+def _layer_indices(sites: Sequence[Site], stack: str, layers: "str | Iterable[int]") -> set[int]:
     depth = 1 + max(s.layer for s in sites if s.stack == stack)
-    if layers is None or layers == "all":
-        return set(range(depth))
     if not isinstance(layers, list):
         match = re.fullmatch(r"(first|last):(\d+)|(\d+(?:,\d+)*)", layers) if isinstance(layers, str) else None
         if not match:

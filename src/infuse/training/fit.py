@@ -77,7 +77,7 @@ def fit(
     set_seed(settings.seed)
     method = make(settings.method)
     if members:
-        adapter = fuse(base.model, members, method, name)
+        adapter = fuse(base.model, members, method, name, layers=settings.layers)
     else:
         adapter = attach(base.model, method, name, layers=settings.layers)
     adapter.head = Head(settings.head, labels, base.width, base.pooling, train.multi)

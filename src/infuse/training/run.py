@@ -18,7 +18,7 @@ from infuse.checkpoint import header, save
 from infuse.data import Rows, Splits, digest, splits_of
 from infuse.errors import InfuseError
 from infuse.method import Mixer, make
-from infuse.model import store_of, summary
+from infuse.model import fusable_sites, store_of, summary
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
 from infuse.texts import probabilities
@@ -104,6 +104,8 @@ def train(
     members = load_members(base.model, config.members)
     if bool(members) != isinstance(method, Mixer):
         raise InfuseError("Fusion mixes saved runs: use infuse fuse RUN RUN … (or method: fusion with members).")
+    if members:
+        fusable_sites(base.model, members, config.layers)  # refuses what can't be fused, before anything is written
     say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, {len(labels)} labels")
 
     evaluated = {"validation": splits.validation} | ({"test": splits.test} if splits.test else {})
