@@ -398,3 +398,14 @@ def test_widths_that_do_not_divide_name_one_that_does():
         infuse.attach(tiny("bert"), Compacter(width=5), "a")
     with pytest.raises(infuse.InfuseError, match="n=8"):
         infuse.attach(tiny("bert"), Compacter(n=3, width=8), "a")
+
+
+@pytest.mark.parametrize("method", ["fusion", "stack"])
+def test_what_is_made_of_adapters_is_not_attached_alone(method, tiny_base):
+    """It would act nowhere, and its head alone would be trained."""
+    model = tiny("bert")
+    with pytest.raises(infuse.InfuseError, match=f"{method} builds on trained adapters: call infuse"):
+        infuse.attach(model, method)
+    assert not hasattr(model, "infuse")
+    with pytest.raises(infuse.InfuseError, match="builds on trained adapters"):
+        infuse.Classifier(base=str(tiny_base), method=method).fit(["a", "b", "c"] * 9, ["x", "y", "z"] * 9)

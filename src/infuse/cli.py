@@ -167,7 +167,7 @@ def _summary(config: SummaryConfig) -> None:
     model, rows, unfit = skeleton(config.target), [], []
     total = sum(p.numel() for p in model.parameters())
     for method in map(make, config.methods or registry()):
-        if method.name in ("fusion", "stack"):
+        if method.maker:
             raise InfuseError(f"{method.name} builds on trained adapters, whose parameters count; give other methods.")
         try:
             adapter = attach(model, method, "counted", layers=config.layers)

@@ -69,6 +69,8 @@ class Method(ABC):
     """Parameter → the end of its key in PEFT's files."""
     unfreezes: ClassVar[bool] = False
     """Whether the base itself is trained (full fine-tuning, the contrast to every adapter)."""
+    maker: ClassVar[str] = ""
+    """The function that makes such an adapter of others; empty for methods that are trained on their own."""
     stackable: ClassVar[bool] = False
     """Whether that function also takes parameters with a row per text, matrices (rows, a, b) and vectors
     (rows, 1, n), for activations (rows, positions, width), each position by itself. Others run under ``vmap`` in mixed
@@ -200,6 +202,8 @@ class Mixer(Method):
 
     ``init`` gives the mixer's own parameters at a site. The query is what the last member reads there.
     """
+
+    maker = "fuse"
 
     def mixed(self, members: "tuple[Method, ...]") -> "tuple[Method, ...]":
         """The members' settings at a site under which their updates are mixed; by default their own."""

@@ -148,6 +148,10 @@ def attach(
         InfuseError: the name is taken or malformed, the architecture or a role is unknown, no site matches.
     """
     method = make(method)
+    if method.maker:
+        raise InfuseError(
+            f"{method.name} builds on trained adapters: call infuse.{method.maker}, or give another method."
+        )
     store = store_in(model)
     sites = store.sites if store else find_sites(model, arch)
     chosen = select(sites, method.roles, layers)

@@ -92,7 +92,7 @@ class CompareConfig:
         if not self.base:
             raise InfuseError("base needs at least one base model, such as minilm.")
         for method in self.chosen():
-            if make(method).name in ("fusion", "stack"):
+            if make(method).maker:
                 raise InfuseError(f"{method!r} builds on trained adapters; compare methods that train on their own.")
             self.settings(method, self.seed).check()
         self.settings(self.chosen()[0], self.seed + self.seeds - 1).check()

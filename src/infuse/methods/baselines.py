@@ -37,6 +37,7 @@ class Chain(_NoDelta):
     roles: tuple[str, ...] = ()
 
     name = "stack"
+    maker = "stack"
     learning_rate = 1e-3
 
 
