@@ -310,7 +310,7 @@ def _draws(found):
 MISTAKES = {
     "--methods magic": "the methods are",
     "--methods full": "train it apart",
-    "--methods fusion": "infuse fuse",
+    "--methods fusion": "infuse.fuse",
     "--methods lora lora": "each once",
     "--methods lora:roles=ffn_gate": "no role",
     "--bases ./nowhere": "no folder",

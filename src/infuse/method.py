@@ -257,6 +257,12 @@ def registry() -> dict[str, type[Method]]:
     return METHODS
 
 
+def default_mixer() -> Method:
+    """The first mixer of the registry, with its own settings."""
+    registry()
+    return make(next(iter(MIXERS)))
+
+
 def make(spec: "Method | str | Mapping[str, Any]") -> Method:
     """A method from ``"lora"``, ``"lora:rank=4,roles=query+value"`` or ``{"name": "lora", "rank": 4}``.
 

@@ -18,7 +18,7 @@ from infuse.banks import Banks
 from infuse.calls import forget_residuals
 from infuse.errors import InfuseError, listed
 from infuse.fingerprint import Base
-from infuse.method import Method, Mixer, make, spelled
+from infuse.method import Method, Mixer, default_mixer, make, spelled
 from infuse.recipe import kinds
 from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.sites import Site, arch_of, find_sites, overlap, select, stack_layers, tied, within
@@ -171,8 +171,9 @@ def attach_at(
         raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
     if store and store.merged is not None:
         raise InfuseError(f"Adapter {store.merged!r} is merged into the base; call infuse.unmerge(model) first.")
-    if store and any(a.method.unfreezes for a in (adapter, *map(store.__getitem__, store.adapters))):
-        raise InfuseError("Method full changes the base that the other adapters rest on; detach them first.")
+    together = [adapter, *map(store.__getitem__, store.adapters)] if store else []
+    if whole := [a.method.name for a in together if a.method.unfreezes]:
+        raise InfuseError(f"Method {whole[0]} changes the base that the other adapters rest on; detach them first.")
     if not adapter.method.overlaps and (pair := overlap(adapter.sites.values())):
         raise InfuseError(
             f"{spelled(adapter.method)} can't adapt the features of {listed(pair)} twice: choose one role."
@@ -201,7 +202,7 @@ def attach_at(
 def fuse(
     model: nn.Module,
     members: Sequence[str],
-    method: Method | str | Mapping[str, Any] = "fusion",
+    method: Method | str | Mapping[str, Any] | None = None,
     name: str | None = None,
     *,
     layers: str | Sequence[int] | None = None,
@@ -211,14 +212,14 @@ def fuse(
     Args:
         model: a model with the members attached.
         members: names of two or more adapters whose deltas are additive, at common sites.
-        method: ``Fusion()`` or what :func:`infuse.make` understands.
+        method: ``Fusion(…)`` or what :func:`infuse.make` understands; by default the first of the registry's.
         name: the mixer's name; by default the members' names joined by commas.
         layers: as for :func:`attach`; the members act in these layers alone.
     Raises:
         InfuseError: an unknown member, fewer than two, a method that can't be mixed, trained LayerNorms, no site that
             all members adapt in the layers.
     """
-    method = make(method)
+    method = default_mixer() if method is None else make(method)
     if not isinstance(method, Mixer):
         raise InfuseError(f"{type(method).__name__} does not mix adapters; use Fusion.")
     sites = fusable_sites(model, members, layers)

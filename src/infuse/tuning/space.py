@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from infuse.errors import InfuseError, listed
-from infuse.method import Method, Mixer, make, settings, spelled
+from infuse.method import Method, make, settings, spelled
 from infuse.sites import check_roles
 from infuse.spaces import Choice, Log, Scalar, Search, Space, contains, ends, parse
 from infuse.training.settings import SPACE, Settings
@@ -94,10 +94,8 @@ def candidates(bases: Sequence[str], specs: Sequence[str], ranges: Mapping[str, 
     for name, method in methods.items():
         if method.unfreezes:
             raise InfuseError("full changes the base that all trials share: tune other methods, and train it apart.")
-        if isinstance(method, Mixer):
-            raise InfuseError(f"{method.name} needs trained members: train it with infuse fuse.")
-        if method.name == "stack":
-            raise InfuseError("stack is made of trained adapters: it can't be tuned.")
+        if method.maker:
+            raise InfuseError(f"{method.name} is made of trained adapters by infuse.{method.maker}: it can't be tuned.")
         own = {f.name for f in fields(method)}
         if both := own & {f.name for f in fields(Settings)}:
             raise InfuseError(f"{name} calls a setting like one of training ({listed(sorted(both))}): rename it.")
