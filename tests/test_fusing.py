@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import LABELS, write_rows
 from safetensors.torch import load_file
 
@@ -92,6 +93,22 @@ def test_members_that_are_trained_already_are_kept_if_nothing_has_changed(runs, 
         with pytest.raises(SystemExit):
             fuse(*more)
         assert message in " ".join(capsys.readouterr().err.split()) and not out.exists()
+
+
+def test_members_are_trained_under_the_settings_given(tiny_base, tmp_path):
+    for name, labels in {"left": LABELS[:3], "right": LABELS[2:]}.items():
+        rows = write_rows(tmp_path / f"{name}.csv", labels).read_text()
+        (tmp_path / f"{name}.csv").write_text(rows.replace("text,label", "body,tag", 1))
+    left, right = (str(tmp_path / f"{name}.csv") for name in ("left", "right"))
+    main(["fuse", "--member-data", left, right, "--data", left, "--validation", left, "--test", left, "--text", "body",
+          "--label", "tag", "--epochs", "1", "--precision", "fp32", "--max-length", "16", "--layers", "last:1",
+          "--learning-rate", "2e-3", "--head", "hf", "--base", str(tiny_base), "--out", str(tmp_path / "out")])  # fmt: skip
+    given = {"text": "body", "label": "tag", "epochs": 1, "precision": "fp32", "max_length": 16, "layers": "last:1"}
+    alone = {"method": "pfeiffer", "learning_rate": None, "validation": None, "test": None, "members": [],
+             "head": "cosine"}  # fmt: skip
+    for name, source in {"left": left, "right": right}.items():
+        settings = yaml.safe_load((tmp_path / f"out-{name}" / "config.yaml").read_text())
+        assert settings.items() >= (given | alone | {"data": source, "baseline": False}).items()
 
 
 def test_overwriting_a_fusion_leaves_nothing_of_it(runs, tiny_base, tmp_path, capsys):

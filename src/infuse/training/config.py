@@ -54,7 +54,8 @@ class FuseConfig(TrainConfig):
     runs: Positional[tuple[Path, ...]] = ()
     """Run folders (or adapters) to fuse; their adapters stay as they are."""
     member_data: tuple[str, ...] = ()
-    """Data sets to train further members on first, each into a run folder beside --out."""
+    """Data sets to train further members on first, each into a run folder beside --out, under the settings given here
+    (but for the head and the learning rate, which are the usual ones)."""
     member_method: str = "pfeiffer"
     """The method of the members that are trained first."""
     method: str = "fusion"

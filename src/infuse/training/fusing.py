@@ -25,17 +25,18 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
     """
     members = [*config.members, *config.runs]  # a fusion's own config.yaml tells all of them as members
     out = config.folder()
+    plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    targets = ("head", "validation", "test", "learning_rate", "members")  # not the members': a head hf fits its labels
+    usual = {f.name: f.default for f in fields(TrainConfig) if f.name in targets}
     for source in config.member_data:
         folder = out.parent / f"{out.name}-{Path(source).stem}"
         say(f"member {folder.name}: {config.member_method} on {source}")
         own = TrainConfig(
-            method=config.member_method, data=source, base=config.base, out=folder, seed=config.seed,
-            baseline=False, overwrite=config.overwrite,
-        )  # fmt: skip
+            **{**plain, **usual, "method": config.member_method, "data": source, "out": folder, "baseline": False}
+        )
         members.append(train(own, say=say, callbacks=callbacks, keep=True).folder)
     if len(members) < 2:
         raise InfuseError("Fusion needs two or more members: give run folders, or --member-data to train some.")
-    plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     return train(TrainConfig(**{**plain, "members": tuple(members), "out": out}), say=say, callbacks=callbacks)
 
 
