@@ -3,9 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, fields
-from io import TextIOWrapper, UnsupportedOperation
+from io import StringIO, TextIOWrapper, UnsupportedOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -18,6 +18,7 @@ from infuse.calibrating.settings import CalibrateConfig
 from infuse.comparing.settings import CompareConfig
 from infuse.errors import InfuseError, listed
 from infuse.method import make, spelled
+from infuse.mistakes import sentence, unknown
 from infuse.recommending.settings import RecommendConfig
 from infuse.serving.settings import ServeConfig
 from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
@@ -313,13 +314,33 @@ def _parse(arguments: list[str]) -> Any:
             described["default"] = _from_yaml(kind, Path(path))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
-    return tyro.cli(
-        union,
-        prog="infuse",
-        args=_joined(arguments, "--must"),
-        description="Parameter-efficient fine-tuning of text classifiers: "
-        "train, tune, compare, recommend, calibrate, predict, serve, merge.",
-    )
+    command = next(iter(arguments), "")
+    if command and not command.startswith("-") and command not in COMMANDS:
+        raise InfuseError(unknown(command, COMMANDS, "infuse"))
+    where = f"infuse {command}" if command in COMMANDS else "infuse"
+    report = StringIO()
+    try:
+        with redirect_stderr(report):
+            config, others = tyro.cli(
+                union,
+                prog="infuse",
+                args=_joined(arguments, "--must"),
+                description="Parameter-efficient fine-tuning of text classifiers: "
+                "train, tune, compare, recommend, calibrate, predict, serve, merge.",
+                return_unknown_args=True,
+            )
+    except SystemExit as ended:
+        if ended.code in (0, None):
+            raise
+        raise InfuseError(sentence(report.getvalue(), where)) from None
+    if others:
+        raise InfuseError(unknown(next((o for o in others if o.startswith("-")), others[0]), _flags(config), where))
+    return config
+
+
+def _flags(config: Any) -> list[str]:
+    names = [field.name.replace("_", "-") for field in fields(config)]
+    return [f"--{no}{name}" for name in names for no in ("", "no-")]
 
 
 def _joined(arguments: list[str], name: str) -> list[str]:
