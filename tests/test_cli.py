@@ -24,6 +24,7 @@ from infuse.cli import COMMANDS, main
 from infuse.data import read
 from infuse.method import registry
 from infuse.model import store_of
+from infuse.precision import dtype_of, name_of
 from infuse.training.predictor import open_run
 
 QUICK = ["--epochs", "3", "--batch-size", "16", "--learning-rate", "0.01", "--validation-fraction", "0.25"]
@@ -85,9 +86,9 @@ def test_train_leaves_a_run_folder(trained, tiny_base, toy):
     assert settings["method"] == "lora:rank=2" and settings["base"] == str(tiny_base) and settings["data"] == str(toy)
     classes = table(run / "per_class.csv")
     assert [row["label"] for row in classes] == sorted(LABELS)
-    assert sum(float(row["recall"]) * float(row["rows"]) for row in classes) / 30 == pytest.approx(
-        metrics["validation"]["accuracy"]
-    )
+    recalled = sum(float(row["recall"]) * float(row["rows"]) for row in classes)
+    assert recalled / 30 == pytest.approx(metrics["validation"]["accuracy"])
+    assert metrics["resolved"] == {"learning_rate": 0.01, "precision": name_of(dtype_of("auto")), "pooling": "mean"}
     curves = table(run / "curves.csv")
     assert [float(row["epoch"]) for row in curves if row["eval_loss"]] == [1, 2, 3]
     assert all(row["loss"] or row["eval_loss"] for row in curves)
@@ -401,6 +402,9 @@ OTHERS = {
     "summary no-such/model": "can't be loaded",
     "summary full": "adapter_model.safetensors",
     "summary {base} --methods magic": "the methods are",
+    "summary {run} --methods ia3": "leave out --methods",
+    "summary {run} --base ./nowhere": "no folder",
+    "summary {base} --base twin": "leave out",
     "summary {base} --layers 9": "layers 0 to 1",
     "sites ./nowhere": "no folder",
     "sites full": "can't be loaded",

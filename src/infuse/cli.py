@@ -81,6 +81,8 @@ class SummaryConfig:
     """Methods to count, e.g. ia3 lora:rank=4; all by default."""
     layers: str = "all"
     """Which layers to adapt."""
+    base: str | None = None
+    """The base model of a run folder, if it is not found under the name used in training."""
 
 
 @dataclass
@@ -163,8 +165,14 @@ def _summary(config: SummaryConfig) -> None:
     from infuse.training.predictor import open_run
 
     if Path(config.target).is_dir() and not (Path(config.target) / "config.json").exists():
-        console.out.print(str(summary(open_run(config.target).base.model)))
+        if config.methods or config.layers != "all":
+            raise InfuseError(
+                f"The run in {config.target} has its method and layers: leave out --methods and --layers."
+            )
+        console.out.print(str(summary(open_run(config.target, config.base).base.model)))
         return
+    if config.base is not None:
+        raise InfuseError(f"--base is for run folders, and {config.target} is a base model: leave out --base.")
     model, rows, unfit = skeleton(config.target), [], []
     total = sum(p.numel() for p in model.parameters())
     for method in map(make, config.methods or registry()):

@@ -71,8 +71,9 @@ def train(
     A base and rows that are already loaded as ``config`` says can be handed over; the base keeps the adapter. With
     ``keep``, a finished run of the same settings and rows in the folder is given back as it is.
 
-    The folder holds ``config.yaml`` (every setting, as resolved), ``adapter/``, ``metrics.json``, ``per_class.csv``,
-    ``confusion.png``, ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
+    The folder holds ``config.yaml`` (every setting), ``adapter/``, ``metrics.json`` (with what ``auto`` and the
+    method's learning rate were, under ``resolved``), ``per_class.csv``, ``confusion.png`` (not for several labels a row),
+    ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
     """
     config.check()
     method = make(config.method)
@@ -124,6 +125,11 @@ def train(
         metrics: dict[str, Any] = {
             "method": config.method,
             "base": config.base,
+            "resolved": {
+                "learning_rate": config.learning_rate or method.rate,
+                "precision": precision,
+                "pooling": base.pooling,
+            },
             "parameters": {
                 "transformer": inside,
                 "head": counts.adapters[ADAPTER].get("head", 0),
