@@ -72,7 +72,7 @@ def train(
     ``keep``, a finished run of the same settings and rows in the folder is given back as it is.
 
     The folder holds ``config.yaml`` (every setting), ``adapter/``, ``metrics.json`` (with what ``auto`` and the
-    method's learning rate were, under ``resolved``), ``per_class.csv``, ``confusion.png`` (not for several labels a row),
+    method's learning rate were, under ``resolved``), ``per_class.csv``, ``confusion.png`` (for one label a row),
     ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
     """
     config.check()
