@@ -21,6 +21,7 @@ print("imported:", sorted(set({heavy}) & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.endswith("imported: []\n"), done.stdout[-200:] + done.stderr
+    assert all(name in done.stdout for name in ("pfeiffer", "houlsby", "compacter++", "full")), done.stdout
 
 
 def test_public_names_come_on_first_use():

@@ -17,7 +17,7 @@ from infuse import console
 from infuse.calibrating.settings import CalibrateConfig
 from infuse.comparing.settings import CompareConfig
 from infuse.errors import InfuseError, listed
-from infuse.method import make, spelled
+from infuse.method import make, names, spelled
 from infuse.mistakes import sentence, unknown
 from infuse.recommending.settings import RecommendConfig
 from infuse.serving.settings import ServeConfig
@@ -268,6 +268,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
+_METHODS = {"method", "methods"}
+"""The settings that name methods; the help of a command with one of them lists all."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``infuse``: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -317,6 +321,8 @@ def _parse(arguments: list[str]) -> Any:
     choices = []
     for name, (kind, _) in COMMANDS.items():
         described = {"name": name, "description": kind.__doc__}
+        if arguments[:1] == [name] and {"-h", "--help"} & set(arguments) and _METHODS & set(kind.__dataclass_fields__):
+            described["description"] = f"{kind.__doc__} The methods are {listed(names(), 40)}."
         takes_yaml = "config" in kind.__dataclass_fields__
         if arguments[:1] == [name] and takes_yaml and (path := _option(arguments, "--config")):
             described["default"] = _from_yaml(kind, Path(path))

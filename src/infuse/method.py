@@ -282,12 +282,16 @@ def make(spec: "Method | str | Mapping[str, Any]") -> Method:
         name = str(settings.pop("name", ""))
     cls, preset = variants().get(_key(name), (None, {}))
     if cls is None:
-        names = [n for c in (registry() | BASELINES | MIXERS).values() for n in (c.name, *c.presets)]
-        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(dict.fromkeys(names), 20)}.")
+        raise InfuseError(f"Unknown method {name!r}; the methods are {listed(names(), 20)}.")
     known = [f.name for f in fields(cls)]
     if unknown := [setting for setting in settings if setting not in known]:
         raise InfuseError(f"{cls.__name__} has no setting {unknown[0]!r}; it has {listed(known)}.")
     return cls(**{**preset, **settings})
+
+
+def names() -> list[str]:
+    """Every name that :func:`make` knows, methods and presets, as people write them."""
+    return list(dict.fromkeys(n for c in (registry() | BASELINES | MIXERS).values() for n in (c.name, *c.presets)))
 
 
 def variants() -> dict[str, tuple[type[Method], Mapping[str, Any]]]:
