@@ -244,6 +244,32 @@ def test_weights_that_are_no_finite_numbers_are_refused(weights):
     assert "soup" not in store_of(model).adapters and "sum" not in store_of(model).adapters
 
 
+def test_an_average_counts_an_adapter_that_is_named_twice_twice():
+    model, _ = trained("bert", "ia3")
+    a, b = model.infuse["a"].state_dict(), model.infuse["b"].state_dict()
+    for n, value in infuse.average(model, ["a", "a", "b"]).state_dict().items():
+        torch.testing.assert_close(value, (2 * a[n] + b[n]) / 3)
+
+
+@pytest.mark.parametrize(("terms", "message"), [
+    ({}, "one or more"),
+    ({"a": "x"}, "finite numbers"),
+    ({"a": None}, "finite numbers"),
+    ({"fused": 1.0, "a": 1.0}, "not fused, made of"),
+    ({"a": 1.0, "fused": 1.0}, "not fused, made of"),
+    ({"stacked": -1.0}, "not stacked, made of"),
+])  # fmt: skip
+def test_what_cannot_be_added_says_so(terms, message):
+    model, _ = trained("bert", "pfeiffer", "ab")
+    infuse.fuse(model, ["a", "b"], name="fused")
+    infuse.stack(model, ["a", "b"], "stacked")
+    names, weights = list(terms), list(terms.values())
+    for combine in (lambda: infuse.add(model, terms), lambda: infuse.average(model, names, weights=weights)):
+        with pytest.raises(infuse.InfuseError, match=message if terms else "as many weights|one or more"):
+            combine()
+    assert list(model.infuse.adapters) == ["a", "b", "fused", "stacked"]
+
+
 @pytest.fixture
 def norms():
     """Two adapters with their own LayerNorms and heads, and one without."""

@@ -102,7 +102,8 @@ def test_members_are_trained_under_the_settings_given(tiny_base, tmp_path):
     left, right = (str(tmp_path / f"{name}.csv") for name in ("left", "right"))
     main(["fuse", "--member-data", left, right, "--data", left, "--validation", left, "--test", left, "--text", "body",
           "--label", "tag", "--epochs", "1", "--precision", "fp32", "--max-length", "16", "--layers", "last:1",
-          "--learning-rate", "2e-3", "--head", "hf", "--base", str(tiny_base), "--out", str(tmp_path / "out")])  # fmt: skip
+          "--learning-rate", "2e-3", "--head", "hf", "--base", str(tiny_base),
+          "--out", str(tmp_path / "out")])  # fmt: skip
     given = {"text": "body", "label": "tag", "epochs": 1, "precision": "fp32", "max_length": 16, "layers": "last:1"}
     alone = {"method": "pfeiffer", "learning_rate": None, "validation": None, "test": None, "members": [],
              "head": "cosine"}  # fmt: skip

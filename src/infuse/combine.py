@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,19 @@ def average(
 ) -> Adapter:
     """A weighted soup: every parameter is the weighted mean of the adapters' parameters.
 
-    The weights are normalised to sum to 1 (equal by default). Wortsman et al. 2022, "Model soups", arXiv:2203.05482.
+    The weights are normalised to sum to 1 (equal by default); those of a name given twice add up. Wortsman et al. 2022,
+    "Model soups", arXiv:2203.05482.
     """
     given = list(weights) if weights is not None else [1.0] * len(names)
+    _check_finite(names, given)
     if len(given) != len(names) or not 1e-12 <= abs(sum(given)) < math.inf:
         raise InfuseError(
             f"Averaging {len(names)} adapters needs as many weights with a finite sum other than 0, not {given}."
         )
-    return _combined(model, dict(zip(names, (w / sum(given) for w in given), strict=True)), name, start=0.0)
+    terms = dict.fromkeys(names, 0.0)
+    for each, weight in zip(names, given, strict=True):
+        terms[each] += weight / sum(given)
+    return _combined(model, terms, name, start=0.0)
 
 
 def add(model: nn.Module, terms: Mapping[str, float], name: str = "sum") -> Adapter:
@@ -61,12 +66,15 @@ def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Ad
 
 def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: float | None) -> Adapter:
     store, model = store_of(model), owner_of(model)
-    if not all(map(math.isfinite, terms.values())):
-        raise InfuseError(f"The weights of {listed(terms)} must be finite numbers, not {listed(terms.values())}.")
+    _check_finite(terms, terms.values())
     adapters = [store[each] for each in terms]
+    made = [adapter.name for adapter in adapters if adapter.members]
+    if made or not adapters:
+        found = f"{listed(made)}, made of other adapters" if made else "none"
+        raise InfuseError(f"Combine one or more plain adapters, not {found}.")
     first = adapters[0]
     for other in adapters[1:]:
-        if _methods(other) != _methods(first) or other.members:
+        if _methods(other) != _methods(first):
             raise InfuseError(f"Only adapters of one method at the same sites can be combined, not {listed(terms)}.")
     own = [{path.replace("/", ".") for path in adapter.copies} for adapter in adapters]
     if some := sorted(set.union(*own) - set.intersection(*own)):
@@ -91,6 +99,15 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
         states = [*(adapter.copies[path].state_dict() for adapter in adapters), copy.state_dict()]
         copy.load_state_dict(_weighted(states, [*weights, 1 - sum(weights)]))
     return attach_at(model, combined, trained=())
+
+
+def _check_finite(names: Iterable[str], weights: Iterable[float]) -> None:
+    try:
+        finite = all(map(math.isfinite, weights))
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        raise InfuseError(f"The weights of {listed(names)} must be finite numbers, not {listed(weights)}.")
 
 
 def _methods(adapter: Adapter) -> tuple[Method, dict[str, Method]]:
