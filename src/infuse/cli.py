@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import tyro
-import yaml
 from safetensors import SafetensorError
 
 from infuse import console
@@ -21,6 +20,7 @@ from infuse.method import make, names, spelled
 from infuse.mistakes import sentence, unknown
 from infuse.recommending.settings import RecommendConfig
 from infuse.serving.settings import ServeConfig
+from infuse.settings import FromFile, from_yaml
 from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
 from infuse.tuning.config import TuneConfig
 
@@ -28,7 +28,7 @@ from infuse.tuning.config import TuneConfig
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(FromFile):
     """Measure a trained run on labelled data."""
 
     run: tyro.conf.Positional[Path]
@@ -50,7 +50,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(FromFile):
     """Label texts: from the arguments, a file, or standard input (a text a line)."""
 
     run: tyro.conf.Positional[str]
@@ -72,7 +72,7 @@ class PredictConfig:
 
 
 @dataclass
-class SummaryConfig:
+class SummaryConfig(FromFile):
     """Trained parameters of methods on a base, or of a run's adapter by role."""
 
     target: tyro.conf.Positional[str] = "minilm"
@@ -86,7 +86,7 @@ class SummaryConfig:
 
 
 @dataclass
-class SitesConfig:
+class SitesConfig(FromFile):
     """The sites of a base model: every role, where it is, and how wide."""
 
     base: tyro.conf.Positional[str] = "minilm"
@@ -94,7 +94,7 @@ class SitesConfig:
 
 
 @dataclass
-class MergeConfig:
+class MergeConfig(FromFile):
     """Fold a run's adapter into its base and write a plain transformers model."""
 
     run: tyro.conf.Positional[Path]
@@ -323,9 +323,8 @@ def _parse(arguments: list[str]) -> Any:
         described = {"name": name, "description": kind.__doc__}
         if arguments[:1] == [name] and {"-h", "--help"} & set(arguments) and _METHODS & set(kind.__dataclass_fields__):
             described["description"] = f"{kind.__doc__} The methods are {listed(names(), 40)}."
-        takes_yaml = "config" in kind.__dataclass_fields__
-        if arguments[:1] == [name] and takes_yaml and (path := _option(arguments, "--config")):
-            described["default"] = _from_yaml(kind, Path(path))
+        if arguments[:1] == [name] and (path := _option(arguments, "--config")):
+            described["default"] = from_yaml(kind, Path(path))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
     command = next(iter(arguments), "")
@@ -382,41 +381,3 @@ def _option(arguments: list[str], name: str) -> str | None:
         if argument.startswith(name + "="):
             return argument.split("=", 1)[1]
     return None
-
-
-def _from_yaml(kind: type, path: Path) -> Any:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
-    known = {f.name: f for f in fields(kind)}
-    unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
-    if unknown:
-        odd = listed(unknown)
-        raise InfuseError(f"The config {path} has unknown settings ({odd}); the settings are {listed(known, 40)}.")
-    if isinstance(values.get("method"), dict):
-        values["method"] = spelled(make(values["method"]))
-    if isinstance(values.get("methods"), list):
-        values["methods"] = [spelled(make(each)) if isinstance(each, dict) else each for each in values["methods"]]
-    if isinstance(values.get("space"), dict):
-        values["space"] = [yaml.safe_dump(values["space"], default_flow_style=True, sort_keys=False)]
-    for name, value in values.items():
-        if name in ("out", "config") and isinstance(value, str):
-            values[name] = Path(value)
-        elif isinstance(value, list):
-            values[name] = tuple(Path(str(each)) if name in ("members", "runs") else each for each in value)
-        elif name == "learning_rate" or isinstance(known[name].default, float):
-            values[name] = _number(name, value, path)
-    config = kind(**values)
-    try:
-        config.check()
-    except InfuseError as error:
-        raise InfuseError(f"In {path}, {error}") from None
-    return config
-
-
-def _number(name: str, value: Any, path: Path) -> Any:
-    try:  # YAML reads 1e-3 as a string, and yes as True, which is no number
-        return float(value) if isinstance(value, int | str) and not isinstance(value, bool) else value
-    except ValueError:
-        raise InfuseError(f"{name} in {path} should be a number, not {value!r}.") from None

@@ -6,9 +6,11 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from infuse.settings import FromFile
+
 
 @dataclass
-class CalibrateConfig:
+class CalibrateConfig(FromFile):
     """Fit a run's confidences, and the threshold below which a text is out of scope, to labelled rows."""
 
     run: Positional[Path]

@@ -8,15 +8,14 @@ from typing import Any, Literal
 
 from infuse.errors import InfuseError
 from infuse.method import Method, make, registry
-from infuse.training.settings import Settings, check_kinds
+from infuse.settings import FromFile, check_kinds
+from infuse.training.settings import Settings
 
 
 @dataclass
-class CompareConfig:
+class CompareConfig(FromFile):
     """Compare methods on your data under one budget, and leave a report."""
 
-    config: Path | None = None
-    """A YAML file of these settings; flags go before it."""
     data: str = "sample"
     """A CSV, TSV, JSONL or Parquet file, a folder of splits, a hub data set, banking77, or sample (bundled)."""
     base: tuple[str, ...] = ("minilm",)

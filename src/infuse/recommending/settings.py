@@ -8,18 +8,17 @@ from infuse import units
 from infuse.comparing.settings import every_method
 from infuse.errors import InfuseError
 from infuse.method import make
+from infuse.settings import FromFile, check_kinds
 from infuse.training.config import TrainConfig
-from infuse.training.settings import Settings, check_kinds
+from infuse.training.settings import Settings
 
 Ability = Literal["merge", "mix", "fuse"]
 
 
 @dataclass
-class RecommendConfig:
+class RecommendConfig(FromFile):
     """Find a method and its settings for your constraints: exact arithmetic first, then a short race on your data."""
 
-    config: Path | None = None
-    """A YAML file of these settings; flags go before it."""
     data: str | None = None
     """A CSV, TSV, JSONL or Parquet file, a folder of splits, a hub data set, banking77, or sample (bundled). Without
     it, the answer comes from arithmetic alone, and no weights are loaded."""

@@ -8,7 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from infuse.errors import InfuseError
-from infuse.training.settings import check_kinds
+from infuse.settings import FromFile, check_kinds
 
 TOKEN = "INFUSE_ADMIN_TOKEN"
 """The environment variable with the token that loading and unloading ask for."""
@@ -27,7 +27,7 @@ def admin_token() -> str | None:
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(FromFile):
     """Serve every adapter in a folder over one frozen base, rows of different tasks in one batch."""
 
     folder: Positional[Path]

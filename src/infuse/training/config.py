@@ -6,15 +6,14 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from infuse.method import make
+from infuse.settings import FromFile
 from infuse.training.settings import Settings
 
 
 @dataclass
-class TrainConfig(Settings):
+class TrainConfig(FromFile, Settings):
     """Train one adapter and leave a run folder."""
 
-    config: Path | None = None
-    """A YAML file of these settings (the config.yaml of a run folder, say); flags go before it."""
     data: str = "sample"
     """A CSV, TSV, JSONL or Parquet file, a folder of splits, a hub data set, banking77, or sample (bundled)."""
     base: str = "minilm"
@@ -63,7 +62,7 @@ class FuseConfig(TrainConfig):
 
 
 @dataclass
-class AverageConfig:
+class AverageConfig(FromFile):
     """Average the adapters of saved runs into one (a weighted soup)."""
 
     runs: Positional[tuple[Path, ...]]

@@ -1,12 +1,11 @@
 """The settings of a training run that do not depend on its data."""
 
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from pathlib import Path
-from types import MappingProxyType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
-from infuse.errors import InfuseError, listed
+from infuse.errors import InfuseError
+from infuse.settings import check_kinds
 from infuse.spaces import Choice, Log, Space
 
 
@@ -94,26 +93,3 @@ SPACE: Space = MappingProxyType(
     }
 )
 """Where `infuse tune` searches the settings that all methods have; a method's own are in its file."""
-
-
-def check_kinds(config: Any) -> None:
-    """Raise :class:`InfuseError` if a field of a dataclass of settings does not hold what its annotation says."""
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        hint, value = hints[field.name], getattr(config, field.name)
-        if not _fits(value, hint):
-            kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
-            raise InfuseError(f"{field.name} must be of the kind {kind}, not {value!r}.")
-        if isinstance(value, str | Path) and "\0" in str(value):
-            raise InfuseError(f"{field.name} holds a zero byte, which no name can: {str(value)!r}.")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if isinstance(hint, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
-    wanted = {int: Integral, float: Real}.get(hint, hint)  # numpy's numbers too
-    return isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))

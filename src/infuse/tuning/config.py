@@ -8,17 +8,16 @@ import yaml
 
 from infuse.errors import InfuseError
 from infuse.precision import Precision
+from infuse.settings import FromFile, check_kinds
 from infuse.training.config import TrainConfig
-from infuse.training.settings import Settings, check_kinds
+from infuse.training.settings import Settings
 from infuse.units import seconds
 
 
 @dataclass
-class TuneConfig:
+class TuneConfig(FromFile):
     """Search methods, their settings, training settings and base models for the best macro-F1 on validation."""
 
-    config: Path | None = None
-    """A YAML file of these settings; flags go before it."""
     methods: tuple[str, ...] = ("ia3",)
     """Methods to choose from, e.g. ia3 lora houlsby; a setting given here (lora:rank=4) is held."""
     bases: tuple[str, ...] = ("minilm",)

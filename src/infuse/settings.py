@@ -1,0 +1,93 @@
+"""What the settings of all commands share: they may come from a YAML file, and hold what their annotations say."""
+
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from numbers import Integral, Real
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from infuse.errors import InfuseError, listed
+from infuse.method import make, spelled
+
+
+@dataclass(kw_only=True)
+class FromFile:
+    """Settings that a file may give."""
+
+    config: Path | None = None
+    """A YAML file of these settings; what is given here goes before what it says."""
+
+
+def check_kinds(config: Any, names: Iterable[str] | None = None) -> None:
+    """Raise :class:`InfuseError` if a field of a dataclass of settings does not hold what its annotation says; with
+    ``names``, only these are looked at."""
+    hints = get_type_hints(type(config))
+    for name in [field.name for field in fields(config)] if names is None else names:
+        hint, value = hints[name], getattr(config, name)
+        if not _fits(value, hint):
+            kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
+            raise InfuseError(f"{name} must be of the kind {kind}, not {value!r}.")
+        if isinstance(value, str | Path) and "\0" in str(value):
+            raise InfuseError(f"{name} holds a zero byte, which no name can: {str(value)!r}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if isinstance(hint, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(each, get_args(hint)[0]) for each in value)
+    wanted = {int: Integral, float: Real}.get(hint, hint)  # numpy's numbers too
+    return isinstance(value, wanted) and (hint is bool or not isinstance(value, bool))
+
+
+def from_yaml(kind: type, path: Path) -> Any:
+    """Settings of a kind from a YAML file; required ones that it leaves out stay open for the command line to fill.
+
+    Raises:
+        InfuseError: the file can't be read, or names a setting that there is not, or gives one a value of another kind.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
+    known = {f.name: f for f in fields(kind)}
+    unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
+    if unknown:
+        odd = listed(unknown)
+        raise InfuseError(f"The config {path} has unknown settings ({odd}); the settings are {listed(known, 40)}.")
+    hints = get_type_hints(kind)
+    required = [f.name for f in known.values() if f.default is MISSING and f.default_factory is MISSING]
+    try:
+        values = {name: _read(value, hints[name], name) for name, value in values.items()}
+        config = kind(**dict.fromkeys(required, tyro.MISSING) | values)
+        check_kinds(config, values)
+        if not set(required) - set(values) and hasattr(config, "check"):
+            config.check()
+    except InfuseError as error:
+        raise InfuseError(f"In {path}, {error}") from None
+    return config
+
+
+def _read(value: Any, hint: Any, name: str) -> Any:
+    """What YAML gave, as the kind that a setting has; what it can't be stays, for :func:`check_kinds` to refuse."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if name in ("method", "methods") and isinstance(value, dict):
+        return spelled(make(value))
+    if name == "space" and isinstance(value, dict):
+        return (yaml.safe_dump(value, default_flow_style=True, sort_keys=False),)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_read(each, get_args(hint)[0], name) for each in value)
+    if Path in kinds and isinstance(value, str):
+        return Path(value)
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise InfuseError(f"{name} should be a number, not {value!r}.") from None
+    return value
