@@ -25,10 +25,11 @@ from infuse.data import read
 from infuse.method import registry
 from infuse.model import store_of
 from infuse.precision import dtype_of, name_of
+from infuse.training.page import PAGE
 from infuse.training.predictor import open_run
 
 QUICK = ["--epochs", "3", "--batch-size", "16", "--learning-rate", "0.01", "--validation-fraction", "0.25"]
-FILES = ["adapter", "config.yaml", "confusion.png", "curves.csv", "curves.png", "metrics.json", "per_class.csv"]
+FILES = ["adapter", "config.yaml", "confusion.png", "curves.csv", "curves.png", "metrics.json", "per_class.csv", PAGE]
 
 
 def command(*arguments, stdin=""):

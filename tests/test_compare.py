@@ -24,11 +24,12 @@ from infuse.comparing.cell import LOGISTIC, bits, epochs_within, measure
 from infuse.comparing.clock import Clock
 from infuse.comparing.compare import CELLS, _plan, compare
 from infuse.comparing.probe import nearest, probe_accuracy, read_probe
-from infuse.comparing.settings import CompareConfig, command, every_method
+from infuse.comparing.settings import CompareConfig, every_method
 from infuse.comparing.statistics import holm, paired_p, seconds_to
 from infuse.data import read, stratified
 from infuse.memory import Peak, bytes_saved
 from infuse.model import store_of
+from infuse.settings import command
 from infuse.training.config import TrainConfig
 from infuse.training.fit import fit
 from infuse.training.run import train

@@ -43,6 +43,12 @@ def test_a_fusion_run_holds_its_members_and_heat_maps(runs):
         weights = np.array([[float(row["left"]), float(row["fused-right"])] for row in rows])
         np.testing.assert_allclose(weights.sum(1), 1, atol=1e-2)
     assert len(rows) == len(LABELS)
+    page = (fused / "report.html").read_text()
+    titles = ("Learning curves", "Confusion", "What the fusion attends to, by layer", "What it attends to, by label")
+    for shown in titles:
+        assert f"<figcaption>{shown}</figcaption><svg" in page
+    assert all(f">{word}</text>" in page for word in ("left", "fused-right", "0.ffn_output", *LABELS))
+    assert "infuse train --method fusion" in page and f"--members {runs / 'left'}" in page
     assert open_run(fused).labels == tuple(sorted(LABELS))
 
 

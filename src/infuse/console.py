@@ -75,7 +75,7 @@ def show_run(run: Run) -> None:
         gain = 100 * (metrics["validation"]["accuracy"] - metrics["baseline"]["validation"]["accuracy"])
         verdict = "beats" if gain > 0 else "does not beat"
         out.print(f"it {verdict} logistic regression on the frozen base on validation ({gain:+.1f} points of accuracy)")
-    names = ("adapter", "metrics.json", "per_class.csv", "confusion.png", "curves.png")
+    names = ("adapter", "report.html", "metrics.json", "per_class.csv", "confusion.png", "curves.png")
     there = ", ".join(name if "." in name else f"{name}/" for name in names if (run.folder / name).exists())
     out.print(f"run folder: {run.folder}  ({there})", soft_wrap=True)
 

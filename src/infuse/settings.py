@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
+from shlex import quote
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -91,3 +92,18 @@ def _read(value: Any, hint: Any, name: str) -> Any:
         except ValueError:
             raise InfuseError(f"{name} should be a number, not {value!r}.") from None
     return value
+
+
+def command(name: str, config: Any) -> str:
+    """The command line that gives a dataclass of settings: only what is off its default."""
+    words = ["infuse", name]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value == field.default or field.name == "config":
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(quote, map(str, value if isinstance(value, tuple) else (value,)))]
+    return " ".join(words)

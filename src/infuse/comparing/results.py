@@ -17,9 +17,10 @@ import transformers
 import infuse
 from infuse.comparing.cell import LOGISTIC, Cell, Task
 from infuse.comparing.probe import BUNDLED, NEIGHBOURS
-from infuse.comparing.settings import CompareConfig, command
+from infuse.comparing.settings import CompareConfig
 from infuse.comparing.statistics import LEVEL, holm, measured, paired_p, seconds_to
 from infuse.report import Column, Lines, Measured, Point, Report, Scatter, Series, Table
+from infuse.settings import command
 from infuse.training.config import TrainConfig
 
 MARK = "*"

@@ -1,10 +1,9 @@
 """The settings of a comparison."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
-from typing import Any, Literal
+from typing import Literal
 
 from infuse.errors import InfuseError
 from infuse.method import Method, make, registry
@@ -108,18 +107,3 @@ def unique(names: Sequence[str]) -> list[str]:
     for name in names:
         first.setdefault(make(name), name)
     return list(first.values())
-
-
-def command(name: str, config: Any) -> str:
-    """The command line that gives a dataclass of settings: only what is off its default."""
-    words = ["infuse", name]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value == field.default or field.name == "config":
-            continue
-        flag = field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(quote, map(str, value if isinstance(value, tuple) else (value,)))]
-    return " ".join(words)

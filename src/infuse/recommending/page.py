@@ -4,13 +4,13 @@ import statistics
 from pathlib import Path
 
 from infuse.comparing.cell import LOGISTIC
-from infuse.comparing.settings import command
 from infuse.comparing.statistics import paired_p
 from infuse.recommending.answer import Findings, Verdict, train_config, words
 from infuse.recommending.candidates import Candidate
 from infuse.recommending.race import FINALISTS, Race, Score
 from infuse.report import Column, Point, Report, Scatter, Table
 from infuse.report.model import Cell
+from infuse.settings import command
 
 
 def report(found: Findings, verdict: Verdict | None) -> Report:

@@ -34,7 +34,7 @@ def svg(figure: Figure, prefix: str) -> str:
     """An ``<svg>`` element without size, colours of its own for data only, and ids that begin with ``prefix``."""
     buffer = io.StringIO()
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix}
-    with plain_names(isinstance(figure, Drawn)), matplotlib.rc_context(style):
+    with plain_names(_has_formulas(figure)), matplotlib.rc_context(style):
         _draw(figure).savefig(buffer, format="svg", metadata={"Date": None}, **_paper(figure, transparent=True))
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
@@ -47,8 +47,12 @@ def svg(figure: Figure, prefix: str) -> str:
 
 def png(figure: Figure, path: Path) -> None:
     """The same figure on white."""
-    with plain_names(isinstance(figure, Drawn)):
+    with plain_names(_has_formulas(figure)):
         _draw(figure).savefig(path, dpi=160, **_paper(figure))
+
+
+def _has_formulas(figure: Figure) -> bool:
+    return isinstance(figure, Drawn) and figure.formulas
 
 
 def _paper(figure: Figure, **own: Any) -> dict[str, Any]:

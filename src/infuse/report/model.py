@@ -95,10 +95,14 @@ class Lines:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure that another library draws: ``draw`` gives a matplotlib figure. It stands on white in any scheme."""
+    """A figure that others draw: ``draw`` gives a matplotlib figure. It stands on white in any scheme.
+
+    With ``formulas``, ``$`` begins one; without, names are drawn as they are.
+    """
 
     title: str
     draw: Callable[[], Any]
+    formulas: bool = False
 
 
 Figure = Scatter | Lines | Drawn

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from infuse.checkpoint import header, load
 from infuse.data import Rows
 from infuse.errors import InfuseError
 from infuse.model import check_name, route
+from infuse.report import Drawn
 from infuse.texts import batches, pad, tokenize, trunk
 from infuse.training.folders import ADAPTER, AVERAGE, saved_adapter, write_csv
 from infuse.training.plots import heat_map
 
-ATTENTION = ("fusion_layers", "fusion_classes")
+ATTENTION = {"fusion_layers": "What the fusion attends to, by layer", "fusion_classes": "What it attends to, by label"}
+"""Tables of a fusion's weights, and what they show."""
 
 
 def load_members(model: nn.Module, runs: Sequence[Path]) -> list[str]:
@@ -74,13 +77,15 @@ def attention(
     return per_site, per_text
 
 
-def write_attention(base: BaseModel, adapter: Adapter, rows: Rows, max_length: int, folder: Path) -> None:
-    """The tables of :data:`ATTENTION`, each as CSV and as a heat map (PNG)."""
+def write_attention(base: BaseModel, adapter: Adapter, rows: Rows, max_length: int, folder: Path) -> dict[str, Drawn]:
+    """Write the tables of :data:`ATTENTION` as CSV; the heat map of each."""
     per_site, per_text = attention(base, adapter, rows, max_length)
     sets = rows.label_sets()
     labels = rows.label_set
     per_class = {c: per_text[[i for i, own in enumerate(sets) if c in own]].mean(0) for c in labels}
-    for name, table in zip(ATTENTION, (per_site, per_class), strict=True):
+    figures = {}
+    for (name, title), table in zip(ATTENTION.items(), (per_site, per_class), strict=True):
         written = [{"": row, **dict(zip(adapter.members, map(float, w), strict=True))} for row, w in table.items()]
         write_csv(folder / f"{name}.csv", written)
-        heat_map(np.stack(list(table.values())), list(table), list(adapter.members), folder / f"{name}.png")
+        figures[name] = Drawn(title, partial(heat_map, np.stack(list(table.values())), list(table), adapter.members))
+    return figures

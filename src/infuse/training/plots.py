@@ -1,16 +1,14 @@
-"""The pictures of a run: its confusion matrix and its learning curves, as PNG."""
+"""The pictures of a run: its confusion matrix, its learning curves, and what its fusion attends to."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from infuse.drawing import plain_names, short
+from infuse.drawing import short
 
 
-@plain_names()
-def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: int = 25) -> None:
+def confusion_plot(matrix: np.ndarray, labels: Sequence[str], most: int = 25) -> Figure:
     """Rows: true label; columns: predicted label. Of many labels, the ``most`` with the most confusions are drawn."""
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:most])
@@ -33,11 +31,10 @@ def confusion_plot(matrix: np.ndarray, labels: Sequence[str], path: Path, most: 
         title += f": the {len(chosen)} of {len(labels)} labels with the most confusions"
     axes.set_title(title, fontsize=10, wrap=True)
     figure.colorbar(image, ax=axes, shrink=0.6)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return figure
 
 
-@plain_names()
-def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, path: Path) -> None:
+def curves_plot(history: Sequence[dict[str, float]], baseline: float | None) -> Figure:
     """Training and validation loss, and validation macro-F1 beside the baseline's, over epochs."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -54,11 +51,10 @@ def curves_plot(history: Sequence[dict[str, float]], baseline: float | None, pat
         right.axhline(baseline, linestyle="--", color="grey", label="logistic regression")
     right.set(xlabel="epoch", ylabel="macro-F1")
     right.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return figure
 
 
-@plain_names()
-def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
+def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """Weights between 0 and 1, (rows, columns), with the number in every cell."""
     figure = Figure(figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.26 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -71,4 +67,4 @@ def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], pa
         )
     axes.set_title("mean attention of the fusion", fontsize=10)
     figure.colorbar(image, ax=axes, shrink=0.7)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return figure

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from infuse.errors import InfuseError
 from infuse.method import Mixer, make
 from infuse.model import fusable_sites, store_of, summary
 from infuse.precision import dtype_of, name_of
+from infuse.report import Drawn
 from infuse.sites import find_sites, select
 from infuse.texts import probabilities
 from infuse.training.baseline import logistic_regression
@@ -39,6 +41,7 @@ from infuse.training.folders import (
 )  # fmt: skip
 from infuse.training.members import ATTENTION, load_members, write_attention
 from infuse.training.metrics import confusion, decide, overall, per_class
+from infuse.training.page import PAGE, write_page
 from infuse.training.plots import confusion_plot, curves_plot
 from infuse.training.predictor import Predictor
 
@@ -73,7 +76,8 @@ def train(
 
     The folder holds ``config.yaml`` (every setting), ``adapter/``, ``metrics.json`` (with what ``auto`` and the
     method's learning rate were, under ``resolved``), ``per_class.csv``, ``confusion.png`` (for one label a row),
-    ``curves.csv`` and ``curves.png``; under ``method: full`` also the trained model, in ``model/``.
+    ``curves.csv`` and ``curves.png``, and these as one page, ``report.html``; under ``method: full`` also the trained
+    model, in ``model/``.
     """
     config.check()
     method = make(config.method)
@@ -142,13 +146,17 @@ def train(
             "epochs": max((h["epoch"] for h in fitted.history if "eval_loss" in h), default=config.epochs),
             "baseline": baseline,
         }
+        reached = baseline["validation"]["macro_f1"] if baseline else None
+        figures = {"curves": Drawn("Learning curves", partial(curves_plot, fitted.history, reached))}
+        classes: list[dict[str, Any]] = []
         for name, rows in evaluated.items():
             predicted, targets = _predict(base, rows, fitted.labels, config.max_length)
             metrics[name] = overall(targets, predicted)
-            if name == "validation" or len(evaluated) == 1:
-                _write_classes(new, targets, predicted, fitted.labels)
+            if name == "validation":
+                classes = per_class(targets, predicted, fitted.labels)
                 if not rows.multi:
-                    confusion_plot(confusion(targets, predicted, len(labels)), fitted.labels, new / "confusion.png")
+                    matrix = confusion(targets, predicted, len(labels))
+                    figures["confusion"] = Drawn("Confusion", partial(confusion_plot, matrix, fitted.labels))
         fitted.adapter.info = {
             "run": {"base": config.base, "max_length": config.max_length, "precision": precision},
             "metrics": {name: metrics[name] for name in evaluated},
@@ -157,9 +165,10 @@ def train(
         }
         write_model(base, method.unfreezes, new)
         if members:
-            write_attention(base, fitted.adapter, splits.validation, config.max_length, new)
+            figures |= write_attention(base, fitted.adapter, splits.validation, config.max_length, new)
         _write_curves(new, fitted.history)
-        curves_plot(fitted.history, baseline["validation"]["macro_f1"] if baseline else None, new / "curves.png")
+        write_csv(new / "per_class.csv", classes)
+        write_page(new, config, metrics, classes, figures)
         (new / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
     return Run(folder, metrics, warnings)
 
@@ -228,7 +237,7 @@ def _clear(folder: Path) -> None:
     for name in (ADAPTER, MODEL):
         shutil.rmtree(folder / name, ignore_errors=True)
     heat_maps = (f"{name}.{kind}" for name in ATTENTION for kind in ("csv", "png"))
-    for name in (_METRICS, CONFIG, "per_class.csv", "confusion.png", "curves.csv", "curves.png", *heat_maps):
+    for name in (_METRICS, CONFIG, PAGE, "per_class.csv", "confusion.png", "curves.csv", "curves.png", *heat_maps):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -243,10 +252,6 @@ def write_model(base: BaseModel, whole: bool, folder: Path) -> None:
     save(base.model, ADAPTER, folder / ADAPTER)
     if whole:
         write_plain(base, store_of(base.model)[ADAPTER], folder / MODEL)
-
-
-def _write_classes(folder: Path, targets: np.ndarray, predicted: np.ndarray, labels: Sequence[str]) -> None:
-    write_csv(folder / "per_class.csv", per_class(targets, predicted, labels))
 
 
 def _write_curves(folder: Path, history: list[dict[str, float]]) -> None:

@@ -127,7 +127,10 @@ def _figures(study: optuna.Study) -> list[Drawn]:
         wanted["Importance"] = lambda: plots.plot_param_importances(study, params=varied, target_name=_SCORE)
     if len(complete) > 1 and len(varied) > 1:
         wanted["Parallel"] = lambda: plots.plot_parallel_coordinate(study, params=varied, target_name=_SCORE)
-    return [Drawn(title, partial(_drawn, plot, 13 if title == "Parallel" else 9)) for title, plot in wanted.items()]
+    return [
+        Drawn(title, partial(_drawn, plot, 13 if title == "Parallel" else 9), formulas=True)
+        for title, plot in wanted.items()
+    ]
 
 
 def _drawn(plot: Callable[[], Any], width: float) -> Any:
