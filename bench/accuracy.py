@@ -10,6 +10,8 @@ Everything is as `infuse train` does it; the best epoch is chosen on the rows th
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,16 +24,24 @@ from infuse.method import make
 from infuse.model import detach, summary
 from infuse.training.baseline import logistic_regression
 from infuse.training.fit import fit
+from infuse.training.members import load_members
 from infuse.training.settings import Settings
 
 
-def measure(base: str, train: Rows, validation: Rows, settings: Settings) -> dict[str, float]:
-    """Accuracy and macro-F1 of the best epoch in percent, seconds, and trained parameters in percent of the base."""
+def measure(
+    base: str, train: Rows, validation: Rows, settings: Settings, members: Sequence[Path] = ()
+) -> dict[str, float]:
+    """Accuracy and macro-F1 of the best epoch in percent, seconds, and trained parameters in percent of the base.
+
+    Args:
+        members: of a fusion, run folders.
+    """
     count = len(train.label_set) if settings.head == "hf" else None
     precision = "fp32" if make(settings.method).unfreezes else settings.precision
     loaded = load_base(base, labels=count, precision=precision, seed=settings.seed)
+    names = load_members(loaded.model, members)
     start = time.perf_counter()
-    fitted = fit(loaded, train, validation, settings)
+    fitted = fit(loaded, train, validation, settings, members=names)
     seconds = time.perf_counter() - start
     counts = summary(loaded.model)
     best = max((h for h in fitted.history if "eval_macro_f1" in h), key=lambda h: h["eval_macro_f1"])
