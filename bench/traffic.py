@@ -34,7 +34,7 @@ ALPHABETS = (
 def serving(folder: Path, base: str, *flags: str, seconds: float = 120) -> Iterator[int]:
     """``infuse serve`` on a free port, which is yielded, as its own process; ended by SIGTERM."""
     log = folder.with_name(folder.name + ".log")
-    command = [sys.executable, "-c", "from infuse.cli import main; main()", "serve", str(folder), "--base", base]
+    command = [sys.executable, "-m", "infuse", "serve", str(folder), "--base", base]
     with log.open("w") as err:
         process = subprocess.Popen(
             [*command, "--port", "0", *flags], stderr=err, stdout=err, env={**os.environ, "INFUSE_ADMIN_TOKEN": TOKEN}

@@ -88,7 +88,7 @@ def as_run(trial: dict[str, str], options: argparse.Namespace) -> dict[str, Any]
 def infuse(*arguments: object) -> float:
     """Run a command of infuse in a process of its own; the seconds that it took."""
     started = time.perf_counter()
-    program = [sys.executable, "-c", "from infuse.cli import main; main()"]
+    program = [sys.executable, "-m", "infuse"]
     done = subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])

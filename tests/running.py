@@ -123,7 +123,7 @@ class Running(Client):
         self.log = log or folder.parent / f"{folder.name}.log"
         environment = {name: value for name, value in os.environ.items() if name != "INFUSE_ADMIN_TOKEN"}
         environment |= {"INFUSE_ADMIN_TOKEN": token} if token else {}
-        command = [sys.executable, "-c", "from infuse.cli import main; main()", "serve", str(folder)]
+        command = [sys.executable, "-m", "infuse", "serve", str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*command, "--port", "0", "--threads", "1", *options], stdout=out, stderr=out, env=environment

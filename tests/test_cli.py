@@ -35,7 +35,7 @@ FILES = ["adapter", "config.yaml", "confusion.png", "curves.csv", "curves.png", 
 def command(*arguments, stdin=""):
     """Run ``infuse`` in a process of its own; its standard output."""
     done = subprocess.run(
-        [sys.executable, "-c", "from infuse.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-m", "infuse", *map(str, arguments)],
         input=stdin, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -495,7 +495,7 @@ def test_flags_that_make_no_sense(arguments, message, tmp_path, monkeypatch, cap
 def test_output_that_can_not_be_written(run, arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", "from infuse.cli import main; main()", *arguments.format(run=run).split()],
+            [sys.executable, "-m", "infuse", *arguments.format(run=run).split()],
             stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -76,7 +76,7 @@ def test_commands(session, asking, tmp_path):
         for line in session.splitlines():
             assert line.startswith("$ infuse "), f"a console block holds commands of infuse: {line!r}"
             *words, last = shlex.split(line.removeprefix("$ infuse "))
-            command = [sys.executable, "-c", "from infuse.cli import main; main()", *words]
+            command = [sys.executable, "-m", "infuse", *words]
             if last == "&":
                 servers.enter_context(serving(command, tmp_path))
             else:

@@ -138,6 +138,11 @@ def test_members_that_do_not_fit_leave_nothing(runs, tiny_base, tmp_path, there,
     assert out.exists() == there and not list(out.glob("*"))
 
 
+def test_an_average_without_a_head_says_so(runs, tmp_path, capsys):
+    main(["average", str(runs / "left"), str(runs / "fused-right"), "--out", str(tmp_path / "soup")])
+    assert "no head" in capsys.readouterr().err and header(tmp_path / "soup")["head"] is None
+
+
 def test_average_of_runs_predicts(runs, tiny_base, capsys):
     left = runs / "left"
     main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--method", "pfeiffer:reduction=4",
@@ -194,6 +199,7 @@ def test_runs_may_be_given_by_their_adapters_and_be_called_anything(runs, tiny_b
         (["fuse", "LEFT", "--data", "TARGET"], "two or more members"),
         (["fuse", "LEFT", "nowhere", "--data", "TARGET"], "nowhere"),
         (["train", "--method", "fusion", "--data", "TARGET"], "infuse fuse"),
+        (["fuse", "LEFT", "--member-data", "TARGET", "--method", "lora", "--data", "TARGET"], "mixes no adapters"),
         (["average", "LEFT"], "two or more"),
     ],
 )
@@ -204,4 +210,4 @@ def test_mistakes_are_one_sentence(words, message, runs, tiny_base, tmp_path, ca
         main([*(str(places.get(w, w)) for w in words), *base, "--out", str(tmp_path / "out")])
     assert exit_code.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())

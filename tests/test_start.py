@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from infuse.__main__ import main
+
 
 def test_help_and_mistyped_flags_wait_for_no_model_library():
     heavy = ("transformers", "sklearn", "scipy", "matplotlib", "datasets", "optuna", "fastapi")
@@ -41,7 +43,7 @@ except AttributeError as error:
 
 def test_a_mistake_in_a_process_of_its_own():
     done = subprocess.run(
-        [sys.executable, "-c", "from infuse.cli import main; main()", "train", "--method", "magic"],
+        [sys.executable, "-m", "infuse", "train", "--method", "magic"],
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
@@ -110,3 +112,15 @@ except InfuseError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("True False\nTrue\nA client needs httpx"), done.stderr
+
+
+def test_ctrl_c_is_one_line_while_the_command_line_is_imported(monkeypatch, capsys):
+    class Importing:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "infuse.cli", Importing())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130 and capsys.readouterr().err == "infuse: interrupted\n"

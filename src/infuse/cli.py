@@ -225,7 +225,7 @@ def _tune(config: TuneConfig) -> None:
 def _average(config: AverageConfig) -> None:
     from infuse.training.fusing import average_runs
 
-    console.out.print(f"average: {average_runs(config)}", soft_wrap=True)
+    console.out.print(f"average: {average_runs(config, say=console.say)}", soft_wrap=True)
 
 
 def _compare(config: CompareConfig) -> None:
@@ -273,7 +273,7 @@ _METHODS = {"method", "methods"}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of ``infuse``: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
+    """What ``infuse`` does: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()
     try:
@@ -284,9 +284,6 @@ def main(arguments: list[str] | None = None) -> None:
     except InfuseError as error:
         console.err.print(f"infuse: {error}", style="red", soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.err.print("infuse: interrupted")
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
     except (OSError, SafetensorError) as error:  # a path that can't be written, a full disk

@@ -10,6 +10,7 @@ from infuse.checkpoint import header, save
 from infuse.combine import average
 from infuse.errors import InfuseError
 from infuse.heads import Head
+from infuse.method import Mixer, make
 from infuse.model import store_of
 from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
 from infuse.training.folders import AVERAGE, check_folder
@@ -23,6 +24,8 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
 
     Members that an interrupted command has finished are taken as they are.
     """
+    if not isinstance(make(config.method), Mixer):
+        raise InfuseError(f"{config.method} mixes no adapters: infuse fuse takes fusion and its settings as --method.")
     members = [*config.members, *config.runs]  # a fusion's own config.yaml tells all of them as members
     out = config.folder()
     plain = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
@@ -40,7 +43,7 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
     return train(TrainConfig(**{**plain, "members": tuple(members), "out": out}), say=say, callbacks=callbacks)
 
 
-def average_runs(config: AverageConfig) -> Path:
+def average_runs(config: AverageConfig, *, say: Say = lambda _: None) -> Path:
     """Write the average of several runs' adapters; its head is the average too where all have the same labels."""
     if len(config.runs) < 2:
         raise InfuseError("Averaging needs two or more run folders.")
@@ -57,6 +60,8 @@ def average_runs(config: AverageConfig) -> Path:
         states = [head.state_dict() for head in heads if head is not None]
         mean = {n: sum((w * s[n] for w, s in zip(share, states, strict=True)), torch.zeros(())) for n in states[0]}
         soup.head = Head.restore(fresh[0], mean)
+    else:
+        say("the average has no head, since the runs' labels or heads differ: it serves to train on, not to predict")
     known = store_of(model)[names[0]].info  # of which the data, the metrics and the calibration are the run's alone
     soup.info = {name: known[name] for name in ("run", "label_type") if name in known}
     soup.info["average"] = [str(run) for run in config.runs]
