@@ -121,7 +121,7 @@ class Adapter(nn.Module):
     def copies_within(self, sites: Iterable[Site]) -> list[str]:
         """Paths of the copies within the sites' layers, not on top of them."""
         layers = tuple({f"{site.prefix}{site.layer_path}." for site in sites})
-        return [path for path in (each.replace("/", ".") for each in self.copies) if path.startswith(layers)]
+        return [path for path in map(dotted, self.copies) if path.startswith(layers)]
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, {self.method}"
@@ -200,6 +200,11 @@ HEADED = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAns
 def key(name: str) -> str:
     """A dotted name as a key of ``ModuleDict``, which allows no dots."""
     return name.replace(".", "/")
+
+
+def dotted(name: str) -> str:
+    """The inverse of :func:`key`."""
+    return name.replace("/", ".")
 
 
 def _on(params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from infuse.adapter import Adapter, classification_head
+from infuse.adapter import Adapter, classification_head, dotted
 from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
@@ -175,7 +175,7 @@ def write_plain(base: BaseModel, adapter: Adapter, folder: Path) -> None:
     model: Any = base.model
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("infuse.")}
     for path, own in adapter.copies.items():
-        state |= {f"{path.replace('/', '.')}.{name}": value for name, value in own.state_dict().items()}
+        state |= {f"{dotted(path)}.{name}": value for name, value in own.state_dict().items()}
     if isinstance(head := adapter.head, Head) and head.kind == "hf":
         model.config.id2label = dict(enumerate(head.labels))
         model.config.label2id = {label: i for i, label in enumerate(head.labels)}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, copies, key
+from infuse.adapter import Adapter, Delta, copies, dotted, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
 from infuse.fingerprint import Base
@@ -85,7 +85,7 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
             site: settings(d.method) for site in adapter.sites if (d := _delta(adapter, site)).method != adapter.method
         },
         "members": list(adapter.members),
-        "copies": [path.replace("/", ".") for path in adapter.copies],
+        "copies": [dotted(path) for path in adapter.copies],
         "base": asdict(base),
         "head": None,
         "info": adapter.info,
@@ -435,7 +435,7 @@ def _native(adapter: Adapter) -> dict[str, Tensor]:
     for name in adapter.sites:
         tensors |= {f"deltas.{name}.{n}": v for n, v in _delta(adapter, name).params.items()}
     for path, module in adapter.copies.items():
-        tensors |= {f"copies.{path.replace('/', '.')}/{n}": v for n, v in module.state_dict().items()}
+        tensors |= {f"copies.{dotted(path)}/{n}": v for n, v in module.state_dict().items()}
     return tensors
 
 

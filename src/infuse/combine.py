@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, copies, key
+from infuse.adapter import Adapter, Delta, copies, dotted, key
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params, make
 from infuse.model import attach_at, owner_of, store_of
@@ -54,7 +54,7 @@ def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Ad
     if not names or any(store[each].members for each in names):
         raise InfuseError(f"Stack one or more plain adapters, not {listed(names)}.")
     owners = Counter(path for each in names for path in store[each].copies)
-    if twice := [path.replace("/", ".") for path, count in owners.items() if count > 1]:
+    if twice := [dotted(path) for path, count in owners.items() if count > 1]:
         raise InfuseError(
             f"Can't stack {listed(names)}: more than one has its own copy of {listed(twice, 3)}; "
             "train all but one without (trained=(), no train_norms)."
@@ -76,7 +76,7 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
     for other in adapters[1:]:
         if _methods(other) != _methods(first):
             raise InfuseError(f"Only adapters of one method at the same sites can be combined, not {listed(terms)}.")
-    own = [{path.replace("/", ".") for path in adapter.copies} for adapter in adapters]
+    own = [set(map(dotted, adapter.copies)) for adapter in adapters]
     if some := sorted(set.union(*own) - set.intersection(*own)):
         raise InfuseError(
             f"Can't combine {listed(terms)}: only some have their own copy of {listed(some, 3)}; "
@@ -94,7 +94,7 @@ def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: fl
             deltas[site_name] = Delta(first.method_at(site), _detached(_weighted(params, weights)))
     shared: list[dict[str, Tensor]] = [dict(adapter.shared.items()) for adapter in adapters]
     combined = Adapter(name, method, first.sites.values(), deltas, _detached(_weighted(shared, weights)))
-    combined.copies.update(copies(model, [path.replace("/", ".") for path in first.copies]))
+    combined.copies.update(copies(model, map(dotted, first.copies)))
     for path, copy in combined.copies.items():  # θ₀ is the base's own module: 1 − Σw of it, which an average lacks
         states = [*(adapter.copies[path].state_dict() for adapter in adapters), copy.state_dict()]
         copy.load_state_dict(_weighted(states, [*weights, 1 - sum(weights)]))

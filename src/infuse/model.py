@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, build, check_copies, classification_head, copies, key
+from infuse.adapter import Adapter, build, check_copies, classification_head, copies, dotted, key
 from infuse.arch import Arch
 from infuse.banks import Banks
 from infuse.calls import forget_residuals
@@ -96,7 +96,7 @@ class Infused(nn.Module):
             if site.source and {"residual", "normed"} & adapter.kinds[site.name].recipe.needs:
                 self.tap(model, site.source).source = True
         for name in adapter.copies:
-            path = name.replace("/", ".")
+            path = dotted(name)
             self.copied.add(path)
             self.tap(model, path)
 
@@ -184,7 +184,7 @@ def attach_at(
         trained = classification_head(outer) or classification_head(model)
     own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])
     arch = store.arch if store else arch or arch_of(model)
-    check_copies(model, [path.replace("/", ".") for path in (*adapter.copies, *own)], arch)
+    check_copies(model, map(dotted, (*adapter.copies, *own)), arch)
     adapter.kinds = kinds(store.adapters if store else {}, adapter)  # type: ignore[arg-type]  # of adapters
     if store is None:
         store = model.infuse = Infused(model, arch)
@@ -348,7 +348,7 @@ def merge(model: nn.Module, name: str) -> None:
         why = "its delta depends on the input, not on a weight" if adapter.sites else "it has no delta"
         raise InfuseError(f"{type(adapter.method).__name__} can't be merged: {why}.")
     changed = [site.module for site in adapter.sites.values()]
-    changed += [model.get_submodule(path.replace("/", ".")) for path in adapter.copies]
+    changed += [model.get_submodule(dotted(path)) for path in adapter.copies]
     if pair := tied(outer.named_modules(memo={store}), changed):
         raise InfuseError(
             f"Adapter {name!r} can't be merged: {pair[0]} shares its weight with {pair[1]}, which would change too; "
@@ -361,7 +361,7 @@ def merge(model: nn.Module, name: str) -> None:
             if bias is not None:
                 _write(store, site.module, "bias", site, bias)
         for path, own in adapter.copies.items():
-            original = dict(model.get_submodule(path.replace("/", ".")).named_parameters())
+            original = dict(model.get_submodule(dotted(path)).named_parameters())
             for each, value in own.named_parameters():
                 _replace(store, original[each], value.detach().to(original[each].dtype))
     store.merged = store.active = name

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, classification_head
+from infuse.adapter import Adapter, classification_head, dotted
 from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
 from infuse.formats import hub_config as config_of
@@ -204,14 +204,14 @@ def write_fusion(
 def write_head(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of the adapter's copy of the model's own head, and the content of ``head_config.json``."""
     own = classification_head(model)
-    if other := [path for path in (p.replace("/", ".") for p in adapter.copies) if path.split(".")[0] not in own]:
+    if other := [path for path in map(dotted, adapter.copies) if path.split(".")[0] not in own]:
         raise InfuseError(
             f"AdapterHub's files have a place for a classification head, none for a trained copy of {listed(other)}."
         )
     config: Any = model.config
     facts = {"label2id": config.label2id, "num_labels": config.num_labels, "config": None}
     tensors = {
-        f"{path.replace('/', '.')}.{name}": value.detach()
+        f"{dotted(path)}.{name}": value.detach()
         for path, module in adapter.copies.items()
         for name, value in module.state_dict().items()
     }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter
+from infuse.adapter import Adapter, dotted
 from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
 from infuse.formats.bundle import Bundle, fitted
@@ -56,7 +56,7 @@ def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[s
             tensors[f"{PREFIX}{path}.{name}"] = value.detach().contiguous()
     for path, module in adapter.copies.items():
         for name, value in module.state_dict().items():
-            tensors[f"{PREFIX}{path.replace('/', '.')}.{name}"] = value.detach().contiguous()
+            tensors[f"{PREFIX}{dotted(path)}.{name}"] = value.detach().contiguous()
     usual = Counter(made.values()).most_common(1)[0][0]
     config = {
         "peft_type": adapter.method.peft_type,
@@ -64,7 +64,7 @@ def write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Tensor], dict[s
         "base_model_name_or_path": getattr(model, "name_or_path", "") or None,
         "inference_mode": True,
         "target_modules": sorted(made),
-        "modules_to_save": sorted(p.replace("/", ".") for p in adapter.copies) or None,
+        "modules_to_save": sorted(map(dotted, adapter.copies)) or None,
         "fan_in_fan_out": any(site.transposed for site in adapter.sites.values()),
         **usual.to_peft(made, by_module(adapter.sites.values())),
     }
@@ -76,7 +76,7 @@ def _task(model: nn.Module, adapter: Adapter) -> str | None:
     end = next((end for end in _TASKS if type(model).__name__.endswith(end)), None)
     task, demanded = _TASKS[end] if end else (None, ())
     there = [name for name, _ in _modules(model) if name.endswith(demanded)] if demanded else []
-    return task if all(name.replace(".", "/") in adapter.copies for name in there) else None
+    return task if set(there) <= set(map(dotted, adapter.copies)) else None
 
 
 def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Bundle:
