@@ -221,7 +221,7 @@ def fuse(
     """
     method = default_mixer() if method is None else make(method)
     if not isinstance(method, Mixer):
-        raise InfuseError(f"{type(method).__name__} does not mix adapters; use Fusion.")
+        raise InfuseError(f"{type(method).__name__} does not mix adapters; use {type(default_mixer()).__name__}.")
     sites = fusable_sites(model, members, layers)
     roles = dict.fromkeys(s.role.removeprefix("cross_") for s in sites)
     adapter = build(name or ",".join(members), replace(method, roles=tuple(roles)), sites)
@@ -249,7 +249,7 @@ def fusable_sites(model: nn.Module, members: Sequence[str], layers: str | Sequen
     """The sites in some layers that all members adapt by additive deltas."""
     store = store_of(model)
     if len(members) < 2 or len(set(members)) < len(members):
-        raise InfuseError(f"Fusion needs two or more different adapters, not {listed(members)}.")
+        raise InfuseError(f"Fuse two or more different adapters, not {listed(members)}.")
     for member in members:
         if store[member].method.acts != "update":
             raise InfuseError(
@@ -460,22 +460,3 @@ def _write(store: Infused, module: nn.Module, which: str, site: Site, value: Ten
 def _replace(store: Infused, parameter: nn.Parameter, new: Tensor) -> None:
     store.originals.append((parameter, parameter.data))
     parameter.data = new
-
-
-__all__ = [
-    "Adapter",
-    "Base",
-    "Infused",
-    "Mixed",
-    "Summary",
-    "activate",
-    "attach",
-    "attach_at",
-    "detach",
-    "merge",
-    "owner_of",
-    "route",
-    "store_of",
-    "summary",
-    "unmerge",
-]

@@ -9,5 +9,3 @@ from infuse.data.split import few_shot as few_shot
 from infuse.data.split import load_splits as load_splits
 from infuse.data.split import splits_of as splits_of
 from infuse.data.split import stratified as stratified
-
-__all__ = ["Rows", "Splits", "check", "digest", "few_shot", "load_splits", "read", "splits_of", "stratified"]

@@ -11,5 +11,3 @@ from infuse.report.model import Scatter as Scatter
 from infuse.report.model import Series as Series
 from infuse.report.model import Table as Table
 from infuse.report.write import write as write
-
-__all__ = ["Cell", "Column", "Drawn", "Lines", "Measured", "Point", "Report", "Scatter", "Series", "Table", "write"]
