@@ -263,7 +263,7 @@ def test_a_run_whose_data_has_changed_has_no_validation_rows(run, toy, tmp_path)
     settings.write_text(settings.read_text().replace(str(toy), str(changed)))
     with pytest.raises(InfuseError, match="changed since the run was trained"):
         calibrate(CalibrateConfig(run))
-    amend(run / "adapter", head={}, info={"data_sha256": None})  # as a file of an earlier version
+    amend(run / "adapter", head={}, info={"data_sha256": None})  # as an adapter that no run has made
     assert calibrate(CalibrateConfig(run)).rows == 30
 
 

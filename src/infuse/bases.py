@@ -29,7 +29,7 @@ from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
 from infuse.errors import InfuseError, listed
-from infuse.heads import POOLINGS, Head
+from infuse.heads import Head, check_pooling
 from infuse.precision import dtype_of
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -129,9 +129,7 @@ def load_base(
         model.config.pad_token_id = tokenizer.pad_token_id
     known = ALIASES.get(name, name)
     model.name_or_path = known if known in PACKAGED or not Path(name).is_dir() else name
-    how = _pooling(source, config.model_type) if pooling == "auto" else pooling
-    if how not in POOLINGS:
-        raise InfuseError(f"Unknown pooling {how!r}; choose from {', '.join(POOLINGS)}.")
+    how = check_pooling(_pooling(source, config.model_type) if pooling == "auto" else pooling)
     return BaseModel(name, model.eval(), tokenizer, how, _width(config))
 
 

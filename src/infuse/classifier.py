@@ -17,7 +17,6 @@ from infuse.errors import InfuseError
 from infuse.heads import head_of
 from infuse.method import Method, make, spelled
 from infuse.model import store_of
-from infuse.precision import dtype_of, name_of
 from infuse.training.fit import fit
 from infuse.training.folders import ADAPTER
 from infuse.training.metrics import decide
@@ -98,11 +97,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
             train, validation = rows, None
         name = str(self.base)
         count = len(rows.label_set) if self.head == "hf" else None
-        precision = "fp32" if make(self.method).unfreezes else name_of(dtype_of(self.precision))
-        base = load_base(name, labels=count, pooling=self.pooling, precision=precision, seed=self.seed)
+        base = load_base(name, labels=count, pooling=self.pooling, precision=settings.trunk_precision, seed=self.seed)
         fitted = fit(base, train, validation, settings, name=ADAPTER)
         fitted.adapter.info = {
-            "run": {"base": name, "max_length": self.max_length, "precision": precision},
+            "run": {"base": name, "max_length": self.max_length, "precision": settings.trunk_precision},
             "label_type": kind,
         }
         self._answer_by(Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length), kind)

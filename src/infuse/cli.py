@@ -20,7 +20,7 @@ from infuse.method import make, names, spelled
 from infuse.mistakes import sentence, unknown
 from infuse.recommending.settings import RecommendConfig
 from infuse.serving.settings import ServeConfig
-from infuse.settings import FromFile, from_yaml
+from infuse.settings import METHODS, FromFile, from_yaml
 from infuse.training.config import AverageConfig, FuseConfig, TrainConfig
 from infuse.tuning.config import TuneConfig
 
@@ -268,10 +268,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
 }
 
 
-_METHODS = {"method", "methods"}
-"""The settings that name methods; the help of a command with one of them lists all."""
-
-
 def main(arguments: list[str] | None = None) -> None:
     """What ``infuse`` does: exit code 0; 1 if nothing meets the constraints; 2 and one sentence for a mistake."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -318,7 +314,7 @@ def _parse(arguments: list[str]) -> Any:
     choices = []
     for name, (kind, _) in COMMANDS.items():
         described = {"name": name, "description": kind.__doc__}
-        if arguments[:1] == [name] and {"-h", "--help"} & set(arguments) and _METHODS & set(kind.__dataclass_fields__):
+        if arguments[:1] == [name] and {"-h", "--help"} & set(arguments) and METHODS & set(kind.__dataclass_fields__):
             described["description"] = f"{kind.__doc__} The methods are {listed(names(), 40)}."
         if arguments[:1] == [name] and (path := _option(arguments, "--config")):
             described["default"] = from_yaml(kind, Path(path))

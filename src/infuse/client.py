@@ -18,6 +18,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 from infuse.errors import InfuseError
+from infuse.formats.bundle import WEIGHTS
 from infuse.heads import Answer, Ranked
 
 try:
@@ -313,7 +314,7 @@ def _adapter(method: str, name: str, file: Path | str | None = None) -> _Call[Se
         return _Call(method, path, _served, secret=method != "GET")
     file = Path(file)
     try:
-        content = (file / "adapter_model.safetensors" if file.is_dir() else file).read_bytes()
+        content = (file / WEIGHTS if file.is_dir() else file).read_bytes()
     except OSError as error:
         raise InfuseError(f"The adapter {file} can't be read: {error.strerror}.") from None
     return _Call(method, path, _served, content, "application/octet-stream", secret=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from infuse.arch import Arch
-from infuse.sites import model_type, stack_layers
+from infuse.sites import model_type, stack_layers, transformer_in
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,6 @@ class Base:
                     step = max(1, flat.numel() // 32)
                     sha.update(f"{stack.name}.{index}.{name}{tuple(value.shape)}".encode())
                     sha.update(flat[::step].bfloat16().view(torch.int16).cpu().numpy().tobytes())
-        inner = next((m for m in model.modules() if model_type(m)), model)
+        inner = transformer_in(model)
         name = getattr(inner, "name_or_path", "") or type(model).__name__
         return Base(name, model_type(inner), sha.hexdigest()[:32])

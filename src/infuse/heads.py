@@ -52,9 +52,14 @@ TEMPERATURES = (1e-3, 1e3)
 
 def pool(hidden: Hidden, mask: Mask, how: str) -> Pooled:
     """One vector per text, in float32."""
+    return POOLINGS[check_pooling(how)](hidden, mask).float()
+
+
+def check_pooling(how: str) -> str:
+    """The name of a pooling, or an error with those that there are."""
     if how not in POOLINGS:
         raise InfuseError(f"Unknown pooling {how!r}; choose from {listed(POOLINGS)}.")
-    return POOLINGS[how](hidden, mask).float()
+    return how
 
 
 class Head(nn.Module):
@@ -89,9 +94,8 @@ class Head(nn.Module):
         super().__init__()
         if kind not in HEADS:
             raise InfuseError(f"Unknown head {kind!r}; choose from {listed(HEADS)}.")
-        if pooling not in POOLINGS:
-            raise InfuseError(f"Unknown pooling {pooling!r}; choose from {listed(POOLINGS)}.")
-        self.kind, self.labels, self.width, self.pooling, self.multi = kind, tuple(labels), width, pooling, bool(multi)
+        self.kind, self.labels, self.width, self.multi = kind, tuple(labels), width, bool(multi)
+        self.pooling = check_pooling(pooling)
         self.calibrate(temperature, threshold)
         if kind == "linear":
             self.weight = nn.Parameter(torch.zeros(len(labels), width))

@@ -132,10 +132,7 @@ class Peak:
         """The growth at its peak so far."""
         if self.cuda:
             return torch.cuda.max_memory_allocated() - self.start
-        if self.whole:
-            unit = 1 if sys.platform == "darwin" else 1024
-            return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self.start
-        return _status("VmHWM") - self.start
+        return (_peak() if self.whole else _status("VmHWM")) - self.start
 
 
 def resident() -> int:
@@ -169,6 +166,10 @@ def _trim() -> None:
 def _status(name: str) -> int:
     status = Path("/proc/self/status")
     if not status.exists():  # no Linux: the peak so far is the nearest thing to the present size
-        unit = 1 if sys.platform == "darwin" else 1024
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return _peak()
     return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+
+def _peak() -> int:
+    """Bytes of this process at its largest."""
+    return (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

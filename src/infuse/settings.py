@@ -14,6 +14,9 @@ import yaml
 from infuse.errors import InfuseError, listed
 from infuse.method import make, spelled
 
+METHODS = frozenset({"method", "methods"})
+"""The settings that name methods; in YAML they may be mappings, and the help of a command with one lists all."""
+
 
 @dataclass(kw_only=True)
 class FromFile:
@@ -78,7 +81,7 @@ def from_yaml(kind: type, path: Path) -> Any:
 def _read(value: Any, hint: Any, name: str) -> Any:
     """What YAML gave, as the kind that a setting has; what it can't be stays, for :func:`check_kinds` to refuse."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if name in ("method", "methods") and isinstance(value, dict):
+    if name in METHODS and isinstance(value, dict):
         return spelled(make(value))
     if name == "space" and isinstance(value, dict):
         return (yaml.safe_dump(value, default_flow_style=True, sort_keys=False),)

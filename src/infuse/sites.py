@@ -20,6 +20,7 @@ class Site:
     Attributes:
         name: ``[stack.]layer.role``, unique in the model, e.g. ``decoder.3.cross_key``.
         role: a name of :data:`infuse.arch.ROLES`, or ``module`` for a linear module outside the table.
+        stack: name of its stack of layers; empty where there is only one.
         layer: index of the layer in its stack.
         path: the module's path below ``prefix``.
         prefix: path of the transformer inside the given model (``"bert."``, or empty).
@@ -27,7 +28,7 @@ class Site:
         side: whether the activation is the module's input or its output.
         start, stop: the activation's span within the module's output features.
         width: number of features of the activation.
-        in_features: width of the module's input.
+        in_features, out_features: widths of the module's input and output.
         layer_path: path of the site's layer below ``prefix``.
         source: full path of the module whose input is added to the activation, at a sublayer's output.
         norm: the LayerNorm that follows that addition, in post-norm layers.
@@ -213,6 +214,11 @@ def arch_of(model: nn.Module) -> Arch:
 def model_type(module: nn.Module) -> str:
     """``config.model_type`` of a transformers model, or an empty string."""
     return getattr(getattr(module, "config", None), "model_type", "") or ""
+
+
+def transformer_in(model: nn.Module) -> nn.Module:
+    """The outermost module that is a transformers model; the module itself if there is none."""
+    return next((m for m in model.modules() if model_type(m)), model)
 
 
 def stack_layers(model: nn.Module, stack: Stack) -> dict[str, nn.Module]:

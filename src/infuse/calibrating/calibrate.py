@@ -188,7 +188,7 @@ def _rows(config: CalibrateConfig, adapter: Path) -> Rows:
         if not trained:
             raise InfuseError(f"{config.run} has no whole config.yaml to find its validation rows by: give --data.")
         splits, _ = splits_of(trained)
-        known = header(adapter)["info"].get("data_sha256")  # runs of earlier versions have none
+        known = header(adapter)["info"].get("data_sha256")  # none if the adapter is not that of a run
         if known not in (None, digest(splits.train, splits.validation)):
             raise InfuseError(
                 f"{trained['data']} has changed since the run was trained, so that its validation rows can't be told "

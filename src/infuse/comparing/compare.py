@@ -22,7 +22,6 @@ from infuse.comparing.settings import CompareConfig
 from infuse.data import splits_of
 from infuse.errors import InfuseError
 from infuse.method import make
-from infuse.precision import dtype_of, name_of
 from infuse.report import Report, write
 from infuse.sites import find_sites, select
 from infuse.training.folders import as_yaml, changed, check_folder
@@ -150,8 +149,8 @@ class _Runner:
         return load_base(key.base, pooling=self.config.pooling, precision=self.precision(key))
 
     def precision(self, key: Key) -> str:
-        whole = key.method != LOGISTIC and make(key.method).unfreezes
-        return "fp32" if whole else name_of(dtype_of(self.config.precision))
+        method = "head" if key.method == LOGISTIC else key.method  # both leave the trunk as it is
+        return self.config.settings(method, key.seed).trunk_precision
 
 
 def _task(config: CompareConfig) -> tuple[Task, list[str]]:

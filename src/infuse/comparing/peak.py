@@ -11,7 +11,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from infuse.bases import load_base
 from infuse.data import Rows
 from infuse.memory import Peak
-from infuse.method import make
 from infuse.model import detach
 from infuse.training.fit import fit
 from infuse.training.settings import Settings
@@ -36,8 +35,7 @@ def main() -> None:
     settings = Settings(**spec["settings"])
     labels = [tuple(label) if isinstance(label, list) else label for label in spec["labels"]]
     rows = Rows(tuple(spec["texts"]), tuple(labels))
-    precision = "fp32" if make(settings.method).unfreezes else settings.precision
-    base = load_base(spec["base"], pooling=spec["pooling"], precision=precision)
+    base = load_base(spec["base"], pooling=spec["pooling"], precision=settings.trunk_precision)
     base.model.to("cuda" if torch.cuda.is_available() else "cpu")
     fit(base, rows, None, settings)  # a rehearsal: libraries load modules, and keep kernels for every shape of batch
     detach(base.model)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from infuse.errors import InfuseError
 from infuse.method import Method, make, registry
+from infuse.precision import Precision
 from infuse.settings import FromFile, check_kinds
 from infuse.training.settings import Settings
 
@@ -59,7 +60,7 @@ class CompareConfig(FromFile):
     """Tokens per text; longer texts are cut."""
     class_weights: bool = False
     """Weigh labels by the inverse of their frequency."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Number format of the frozen trunk; full fine-tuning always runs in fp32."""
     seed: int = 0
     """The first seed, and that of the validation split."""

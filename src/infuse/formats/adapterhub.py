@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from infuse.adapter import Adapter, classification_head, dotted
-from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
 from infuse.formats import hub_config as config_of
-from infuse.formats.bundle import Bundle, fitted
+from infuse.formats.bundle import Bundle, fitted, roles_of
 from infuse.formats.peft import by_module, heads
 from infuse.method import Method, Params
 from infuse.methods.bottleneck import Bottleneck
@@ -24,7 +23,7 @@ from infuse.methods.compacter import Compacter
 from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
-from infuse.sites import Site, match_path, model_type, site_at
+from infuse.sites import Site, match_path, model_type, site_at, transformer_in
 
 _LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 _KINDS = re.compile(r"(?:^|\.)(adapters|loras|shared_parameters|adapter_fusion_layer)\.")
@@ -47,7 +46,7 @@ _FUSION = {"Q": "query.weight", "q": "query.bias", "K": "key.weight", "k": "key.
 
 def container(model: nn.Module, site: Site) -> str:
     """The path under which the library hangs the adapters of a sublayer's output."""
-    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    kind = model_type(transformer_in(model))
     if kind in ("bert", "roberta", "xlm-roberta", "electra", "deberta-v2"):
         return site.path.removesuffix(".dense")
     if kind in ("t5", "mt5"):
@@ -118,7 +117,7 @@ def read_head(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Ten
             "The file's head is one of the library's AdapterModel classes: the untrained head of "
             f"{type(model).__name__} would answer instead. Load the adapter onto AutoModel, or remove the head's files."
         )
-    inner: Any = next((m for m in model.modules() if model_type(m)), model)
+    inner: Any = transformer_in(model)
     others = ("heads.", f"{getattr(inner, 'base_model_prefix', '')}.")
     copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, None)
     for path in copies:
@@ -219,7 +218,7 @@ def write_head(model: nn.Module, adapter: Adapter, version: str = "1.3.0") -> tu
 
 
 def _facts(model: nn.Module, adapter: Adapter, version: str) -> dict[str, Any]:
-    inner: Any = next((m for m in model.modules() if model_type(m)), model)
+    inner: Any = transformer_in(model)
     if model_type(inner) not in config_of.KINDS:
         raise InfuseError(f"AdapterHub's library does not support the model type {model_type(inner)!r}.")
     return {
@@ -278,7 +277,7 @@ def tensors_path(folder: Path, names: Sequence[str]) -> Path:
 
 def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
     """The model's type, which has to be that of the file: layers of other architectures may carry the same names."""
-    kind = next((t for t in map(model_type, model.modules()) if t), "")
+    kind = model_type(transformer_in(model))
     made_for = config.get("model_type")
     if kind and made_for and kind != made_for:
         raise InfuseError(
@@ -292,10 +291,8 @@ def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str
         raise InfuseError(f"None of the file's tensors belongs to the adapter {name!r} that its config names.")
     if len({s.name for s, _, _ in deltas}) < len(deltas):
         raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
-    roles = {s.role for s, _, _ in deltas}
-    roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
-    ordered = tuple(r for r in ROLES if r in roles)
-    deltas = [(s, replace(m, roles=ordered), p) for s, m, p in deltas]
+    roles = roles_of(s for s, _, _ in deltas)
+    deltas = [(s, replace(m, roles=roles), p) for s, m, p in deltas]
     return Bundle(deltas[0][1], deltas, base=base, name=name)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
+from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params
 from infuse.sites import Site
@@ -159,6 +160,13 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True
         os.replace(staging / last, folder / last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def roles_of(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The roles under which a method selects these sites: one of both for a role and its cross-attention twin."""
+    roles = {site.role for site in sites}
+    roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
+    return tuple(r for r in ROLES if r in roles)
 
 
 def fitted(

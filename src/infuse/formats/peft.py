@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from infuse.adapter import Adapter, dotted
-from infuse.arch import ROLES
 from infuse.errors import InfuseError, listed
-from infuse.formats.bundle import Bundle, fitted
+from infuse.formats.bundle import Bundle, fitted, roles_of
 from infuse.method import Method, Params, registry
 from infuse.sites import Site, linear_features, match_path, site_at
 
@@ -106,10 +105,8 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
                 site, name=f"{site.name}:input", side="input"
             )
         deltas.append((site, method, named(method, site, found)))
-    roles = {s.role for s, _, _ in deltas}
-    roles = {r.removeprefix("cross_") if r.removeprefix("cross_") in roles else r for r in roles}
     base = {"name": str(config.get("base_model_name_or_path") or "an unnamed base"), "type": "", "digest": ""}
-    method = replace(deltas[0][1], roles=tuple(r for r in ROLES if r in roles))
+    method = replace(deltas[0][1], roles=roles_of(s for s, _, _ in deltas))
     common = Counter(replace(m, roles=method.roles) for _, m, _ in deltas).most_common(1)[0][0]
     return Bundle(
         common,

@@ -8,6 +8,7 @@ from infuse import units
 from infuse.comparing.settings import every_method
 from infuse.errors import InfuseError
 from infuse.method import make
+from infuse.precision import Precision
 from infuse.settings import FromFile, check_kinds
 from infuse.training.config import TrainConfig
 from infuse.training.settings import Settings
@@ -60,7 +61,7 @@ class RecommendConfig(FromFile):
     """Rows per optimizer step."""
     max_length: int = Settings.max_length
     """Tokens per text; longer texts are cut. Without data, all texts are taken to be so long."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Number format of the frozen trunk; auto takes bf16 where it is faster."""
     seed: int = 0
     """Seed of the race and of the validation split."""

@@ -20,7 +20,6 @@ from infuse.data import Rows, Splits, digest, splits_of
 from infuse.errors import InfuseError
 from infuse.method import Mixer, make
 from infuse.model import fusable_sites, store_of, summary
-from infuse.precision import dtype_of, name_of
 from infuse.report import Drawn
 from infuse.sites import find_sites, select
 from infuse.texts import probabilities
@@ -91,7 +90,7 @@ def train(
     if not config.overwrite:
         ended = _metrics(folder) if _ended(folder) else {}
         facts = header(folder / ADAPTER)["info"] if ended else {}
-        # Runs of earlier versions tell no digest.
+        # None: nothing was begun here, or by what tells no digest.
         before = known.read_text(errors="replace") if known.exists() else facts.get("data_sha256")
         if before not in (None, data):
             raise InfuseError(
@@ -101,7 +100,7 @@ def train(
             say(f"{folder} holds this run already: it is kept")
             return Run(folder, ended, warnings)
     labels = splits.train.label_set
-    precision = "fp32" if method.unfreezes else name_of(dtype_of(config.precision))
+    precision = config.trunk_precision
     count = len(labels) if config.head == "hf" else None
     base = base or load_base(config.base, labels=count, pooling=config.pooling, precision=precision, seed=config.seed)
     for site in select(find_sites(base.model), method.roles, config.layers):

@@ -5,6 +5,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from infuse.errors import InfuseError
+from infuse.method import make
+from infuse.precision import Precision, dtype_of, name_of
 from infuse.settings import check_kinds
 from infuse.spaces import Choice, Log, Space
 
@@ -45,7 +47,7 @@ class Settings:
     """Stop after so many epochs without a better macro-F1 on validation; 0 never stops early."""
     trunk_dropout: bool = False
     """Keep the base model's dropout on while training (full fine-tuning always does)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """Number format of the frozen trunk; auto takes bf16 where it is faster. Adapter and head stay in fp32."""
     compile: bool = False
     """Compile the model before training: some 20 % faster steps after most of a minute, for runs of many minutes."""
@@ -55,6 +57,11 @@ class Settings:
     """Tokens per text; longer texts are cut."""
     seed: int = 0
     """Seed of the parameters, the order of the rows, and the validation split."""
+
+    @property
+    def trunk_precision(self) -> str:
+        """The number format of the trunk here, of :data:`infuse.precision.DTYPES`: fp32 where all of it is trained."""
+        return "fp32" if make(self.method).unfreezes else name_of(dtype_of(self.precision))
 
     def check(self) -> None:
         """Raise :class:`InfuseError` for a value that cannot work."""
