@@ -65,6 +65,19 @@ def test_the_command_line_goes_before_a_file(tmp_path):
     assert (read.run, read.texts, read.top_k, read.format) == ("new", ("two",), 5, "csv")
 
 
+@pytest.mark.parametrize("name, text, flags, used", [
+    ("train", "epochs: 0", "--epochs 3", {"epochs": 3}),
+    ("recommend", "max_latency: 20ms", "--data sample", {"max_latency": "20ms", "data": "sample"}),
+    ("serve", "folder: nowhere", ".", {"folder": Path(".")}),
+])  # fmt: skip
+def test_a_value_that_the_command_line_mends_is_no_mistake(name, text, flags, used, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    read = _parse([name, "--config", str(path), *flags.split()])
+    read.check()
+    assert {each: getattr(read, each) for each in used} == used
+
+
 def test_commands_run_from_a_file(tiny_base, toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     files = {

@@ -70,9 +70,7 @@ def from_yaml(kind: type, path: Path) -> Any:
     try:
         values = {name: _read(value, hints[name], name) for name, value in values.items()}
         config = kind(**dict.fromkeys(required, tyro.MISSING) | values)
-        check_kinds(config, values)
-        if not set(required) - set(values) and hasattr(config, "check"):
-            config.check()
+        check_kinds(config, values)  # what their values may be is checked once the command line has filled the rest
     except InfuseError as error:
         raise InfuseError(f"In {path}, {error}") from None
     return config
