@@ -118,6 +118,14 @@ def test_members_are_trained_under_the_settings_given(tiny_base, tmp_path):
         assert settings.items() >= (given | alone | {"data": source, "baseline": False}).items()
 
 
+def test_a_mistake_is_told_before_members_are_trained(tiny_base, tmp_path, capsys):
+    data = str(write_rows(tmp_path / "left.csv", LABELS[:3]))
+    with pytest.raises(SystemExit):
+        main(["fuse", "--member-data", data, "--data", data, "--learning-rate", "99", "--base", str(tiny_base),
+              "--out", str(tmp_path / "out")])  # fmt: skip
+    assert "learning_rate" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["left.csv"]
+
+
 def test_overwriting_a_fusion_leaves_nothing_of_it(runs, tiny_base, tmp_path, capsys):
     shutil.copytree(runs / "fused", tmp_path / "fused")
     main(["train", "--data", str(runs / "left.csv"), "--base", str(tiny_base), "--out", str(tmp_path / "fused"),

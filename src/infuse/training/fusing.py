@@ -24,6 +24,7 @@ def fuse_runs(config: FuseConfig, *, say: Say = lambda _: None, callbacks: Seque
 
     Members that an interrupted command has finished are taken as they are.
     """
+    config.check()  # before members are trained
     if not isinstance(make(config.method), Mixer):
         raise InfuseError(f"{config.method} mixes no adapters: infuse fuse takes fusion and its settings as --method.")
     members = [*config.members, *config.runs]  # a fusion's own config.yaml tells all of them as members
