@@ -183,6 +183,8 @@ def test_what_cannot_be_fused_says_so():
         infuse.fuse(model, ["a", "b"])
     with pytest.raises(infuse.InfuseError, match="two or more"):
         infuse.fuse(model, ["a"])
+    with pytest.raises(infuse.InfuseError, match="LoRA does not mix adapters; use Fusion"):
+        infuse.fuse(model, ["a", "b"], "lora")
     model, _ = trained("bert", "pfeiffer")
     infuse.attach(model, Bottleneck(roles=("attention_output",)), "elsewhere")
     with pytest.raises(infuse.InfuseError, match="no site in common"):
