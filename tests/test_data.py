@@ -221,7 +221,7 @@ def test_parquet_columns_that_can_not_be_read(tmp_path):
         read(tmp_path / "twice.parquet")
 
 
-@pytest.mark.parametrize("source", ["missing.csv", "a/missing.parquet", Path("missing.jsonl")])
+@pytest.mark.parametrize("source", ["missing.csv", "a/missing.parquet", Path("missing.jsonl"), "~nobody-here/a.csv"])
 def test_missing_file(source):
     with fails(Path(source).name, "No such file"):
         read(source)

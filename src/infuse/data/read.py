@@ -88,7 +88,7 @@ def has_splits(source: Source) -> bool:
 
 
 def _path(source: Source) -> Path:
-    return SAMPLE if source == "sample" else Path(source).expanduser()
+    return SAMPLE if source == "sample" else Path(os.path.expanduser(source))  # ~nobody/x stays as it is
 
 
 def _is_file(path: Path) -> bool:
