@@ -58,6 +58,14 @@ def test_the_command_line_fills_what_a_file_leaves_open(name, tmp_path):
     assert replace(read, config=None) == _parse([name, *given(name), *flags])
 
 
+def test_paths_in_a_file_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "settings.yaml"
+    path.write_text("{out: ~/runs/a, members: [~/b, ~nobody-here/c]}")
+    read = _parse(["train", "--config", str(path)])
+    assert (read.out, read.members) == (tmp_path / "runs/a", (tmp_path / "b", Path("~nobody-here/c")))
+
+
 def test_the_command_line_goes_before_a_file(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("{run: old, texts: [one], top_k: 2, format: csv}")
@@ -105,7 +113,10 @@ def test_commands_run_from_a_file(tiny_base, toy, tmp_path, monkeypatch, capsys)
     ("merge", "run: 3", "In settings.yaml, run must be of the kind Path, not 3"),
     ("average", "weights: [1, x]", "In settings.yaml, weights should be a number, not 'x'"),
     ("serve", "window: soon", "In settings.yaml, window should be a number, not 'soon'"),
-    ("serve", "fodler: a", "unknown settings (fodler); the settings are config, folder, base"),
+    ("serve", "fodler: a", "unknown settings (fodler); the settings are folder, base"),
+    ("train", "config: other.yaml", "unknown settings (config); the settings are method"),
+    ("train --config other.yaml", "epochs: 2", "Give one --config, not 2"),
+    ("train --config=", "epochs: 2", "Give one --config, not 2"),
 ])  # fmt: skip
 def test_mistakes(arguments, text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -316,8 +316,10 @@ def _parse(arguments: list[str]) -> Any:
         described = {"name": name, "description": kind.__doc__}
         if arguments[:1] == [name] and {"-h", "--help"} & set(arguments) and METHODS & set(kind.__dataclass_fields__):
             described["description"] = f"{kind.__doc__} The methods are {listed(names(), 40)}."
-        if arguments[:1] == [name] and (path := _option(arguments, "--config")):
-            described["default"] = from_yaml(kind, Path(path))
+        if arguments[:1] == [name] and (paths := _given(arguments, "--config")):
+            if len(paths) > 1:
+                raise InfuseError(f"Give one --config, not {len(paths)}: settings come from one file.")
+            described["default"] = from_yaml(kind, Path(paths[0]))
         choices.append(Annotated[kind, tyro.conf.subcommand(**described, prefix_name=False)])
     union = tyro.conf.OmitArgPrefixes[Union[tuple(choices)]]  # noqa: UP007  # built at run time
     command = next(iter(arguments), "")
@@ -367,10 +369,11 @@ def _joined(arguments: list[str], name: str) -> list[str]:
     return [*others, name, *values] if values or name in arguments else others
 
 
-def _option(arguments: list[str], name: str) -> str | None:
-    for i, argument in enumerate(arguments):
-        if argument == name and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(name + "="):
-            return argument.split("=", 1)[1]
-    return None
+def _given(arguments: list[str], name: str) -> list[str]:
+    """The values that an option is given, one for each time that it stands there."""
+    values = []
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=True):
+        flag, given, value = argument.partition("=")
+        if flag == name and (given or after is not None):
+            values.append(value if given else after)
+    return values

@@ -1,5 +1,6 @@
 """What the settings of all commands share: they may come from a YAML file, and hold what their annotations say."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from numbers import Integral, Real
@@ -60,7 +61,7 @@ def from_yaml(kind: type, path: Path) -> Any:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
-    known = {f.name: f for f in fields(kind)}
+    known = {f.name: f for f in fields(kind) if f.name != "config"}
     unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
     if unknown:
         odd = listed(unknown)
@@ -86,7 +87,7 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     if get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_read(each, get_args(hint)[0], name) for each in value)
     if Path in kinds and isinstance(value, str):
-        return Path(value)
+        return Path(os.path.expanduser(value))  # as shells do on the command line
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-3 as a string
         try:
             return float(value)
