@@ -34,10 +34,18 @@ def check_kinds(config: Any, names: Iterable[str] | None = None) -> None:
     for name in [field.name for field in fields(config)] if names is None else names:
         hint, value = hints[name], getattr(config, name)
         if not _fits(value, hint):
-            kind = listed(get_args(hint)) if get_origin(hint) is Literal else getattr(hint, "__name__", hint)
-            raise InfuseError(f"{name} must be of the kind {kind}, not {value!r}.")
+            shown = list(value) if isinstance(value, tuple) else value  # as the file says it
+            raise InfuseError(f"{name} must be of the kind {_kind(hint)}, not {shown!r}.")
         if isinstance(value, str | Path) and "\0" in str(value):
             raise InfuseError(f"{name} holds a zero byte, which no name can: {str(value)!r}.")
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return listed(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"list of {_kind(get_args(hint)[0])}"
+    return getattr(hint, "__name__", str(hint))
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -91,7 +99,7 @@ def _read(value: Any, hint: Any, name: str) -> Any:
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):  # YAML reads 1e-3 as a string
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise InfuseError(f"{name} should be a number, not {value!r}.") from None
     return value
 
