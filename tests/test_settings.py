@@ -26,7 +26,7 @@ OTHERS = {
     "serve": ({"port": 0, "window": 3, "base": "minilm"}, ["--port", "0", "--window", "3", "--base", "minilm"]),
     "summary": ({"target": "b", "methods": [{"name": "lora", "rank": 4}]}, ["b", "--methods", "lora:rank=4"]),
     "sites": ({"base": "b"}, ["b"]),
-    "fuse": ({"runs": ["a", "b"], "learning_rate": 1}, ["a", "b", "--learning-rate", "1"]),
+    "fuse": ({"runs": ["a", "b"], "learning-rate": 1}, ["a", "b", "--learning-rate", "1"]),
 }
 
 

@@ -70,6 +70,8 @@ def from_yaml(kind: type, path: Path) -> Any:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
     known = {f.name: f for f in fields(kind) if f.name != "config"}
+    if isinstance(values, dict):  # learning-rate is learning_rate, as it is among flags
+        values = {k.replace("-", "_") if isinstance(k, str) else k: v for k, v in values.items()}
     unknown = [k for k in values if k not in known] if isinstance(values, dict) else ["no mapping at all"]
     if unknown:
         odd = listed(unknown)
