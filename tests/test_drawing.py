@@ -1,11 +1,14 @@
 """Pictures whose names are any text: letters that the font lacks, formulas that are none, and pages of words."""
 
 import warnings
+from types import SimpleNamespace
 
+import matplotlib
 import numpy as np
 import pytest
-from matplotlib import image, pyplot
+from matplotlib import font_manager, image, pyplot
 
+from infuse.drawing import plain_names
 from infuse.report import Drawn, Lines, Point, Scatter, Series
 from infuse.report.figures import png, svg
 from infuse.training.plots import confusion_plot, curves_plot, heat_map
@@ -34,6 +37,27 @@ def test_any_name_can_be_drawn_without_a_warning(kind, tmp_path):
         svg(pictures(ODD)[kind], "f")
     drawn = image.imread(tmp_path / "odd.png")
     assert drawn.std() > 0.01 and max(drawn.shape) < 4000
+
+
+@pytest.mark.parametrize(
+    "draw", [confusion_plot, lambda m, names: heat_map(m, names, names)], ids=["confusion", "heat"]
+)
+def test_long_names_leave_the_data_its_room(draw):
+    def width(names):
+        figure = draw(np.eye(len(names)), names)
+        figure.draw_without_rendering()
+        return figure.axes[0].get_window_extent().width
+
+    assert width([letter * 60 for letter in "abcxyz"]) > 0.8 * width(list("abcxyz"))
+
+
+def test_letters_that_matplotlib_lacks_come_from_fonts_of_the_system(monkeypatch):
+    fonts = [SimpleNamespace(name=name) for name in ("Malgun Gothic", "Of A Stranger")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    before = list(matplotlib.rcParams["font.family"])
+    with plain_names():
+        assert matplotlib.rcParams["font.family"] == [*before, "Malgun Gothic"]
+    assert matplotlib.rcParams["font.family"] == before
 
 
 def test_other_warnings_and_the_formulas_of_others_stay():

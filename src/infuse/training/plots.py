@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from infuse.drawing import short
+from infuse.drawing import room, short
 
 
 def confusion_plot(matrix: np.ndarray, labels: Sequence[str], most: int = 25) -> Figure:
@@ -13,11 +13,11 @@ def confusion_plot(matrix: np.ndarray, labels: Sequence[str], most: int = 25) ->
     wrong = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
     chosen = np.sort(np.argsort(-wrong, kind="stable")[:most])
     part = matrix[np.ix_(chosen, chosen)]
-    size = 2.5 + 0.32 * len(chosen)
+    names = [short(str(labels[i])) for i in chosen]
+    size = 1.5 + 0.32 * len(chosen) + room(names)
     figure = Figure(figsize=(size + 1.5, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(part, cmap="Blues", vmin=0)
-    names = [short(str(labels[i])) for i in chosen]
     axes.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel("predicted")
@@ -56,11 +56,13 @@ def curves_plot(history: Sequence[dict[str, float]], baseline: float | None) -> 
 
 def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str]) -> Figure:
     """Weights between 0 and 1, (rows, columns), with the number in every cell."""
-    figure = Figure(figsize=(3.5 + 0.9 * len(columns), 1.5 + 0.26 * len(rows)), layout="constrained")
+    left, below = list(map(short, rows)), list(map(short, columns))
+    size = 2.5 + 0.9 * len(columns) + room(left), 0.5 + 0.26 * len(rows) + room(below)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), list(map(short, columns)), rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), list(map(short, rows)), fontsize=8)
+    axes.set_xticks(range(len(columns)), below, rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), left, fontsize=8)
     for (row, column), value in np.ndenumerate(values):
         axes.text(
             column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if value < 0.6 else "black"
