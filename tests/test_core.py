@@ -281,19 +281,18 @@ def test_adapters_below_a_head_cannot_train_it():
     assert list(infuse.attach(wrapped, IA3(), "b").copies) == ["classifier"]
 
 
-def test_a_method_without_deltas_says_that_there_is_nothing_to_merge():
-    model = classifier()
-    infuse.attach(model, "head", "probe")
-    with pytest.raises(InfuseError, match="HeadOnly can't be merged: it has no delta"):
+@pytest.mark.parametrize(("method", "why"), [("head", "it has no delta"), ("full", "it trained the base itself")])
+def test_a_method_without_deltas_says_that_there_is_nothing_to_merge(method, why):
+    infuse.attach(model := classifier(), method, "probe")
+    with pytest.raises(InfuseError, match=f"{method} can't be merged: {why}"):
         infuse.merge(model, "probe")
 
 
 def test_summary_counts_what_is_trained():
     model = classifier()
-    plain = sum(p.numel() for p in model.parameters())
     infuse.attach(model, IA3(), "a")
     infuse.attach(model, LoRA(rank=4), "b", layers="last:1", trained=())
-    counts = infuse.summary(model)
+    counts, plain = infuse.summary(model), sum(p.numel() for p in classifier().parameters())
     assert counts.base == plain
     assert counts.adapters["a"] == {"key": 64, "value": 64, "ffn_hidden": 96, "head": 3 * 32 + 3}
     assert counts.adapters["b"] == {"query": 4 * 64, "value": 4 * 64}

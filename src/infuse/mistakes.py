@@ -26,6 +26,8 @@ def sentence(report: str, where: str) -> str:
         needs = [f"{name} ({about.rstrip('.')})" for name, about in (_named(part) for part in parts if part)]
         strange = re.match(r"Unrecognized options: (\S+)", " ".join(others))
         return f"{where} needs {' and '.join(needs)}" + (f", and has no option {strange[1]}." if strange else ".")
+    if wrong := re.match(r"Missing value for argument '(\w.*)'", said):
+        return f"{where} needs {wrong[1].upper()}, an argument without a flag; see {where} --help."
     if wrong := re.match(r"Missing value for argument '(.*)'", said):
         return f"{wrong[1]} needs a value; see {where} --help."
     if said.startswith("Expected one of {"):

@@ -346,7 +346,8 @@ def merge(model: nn.Module, name: str) -> None:
         raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
     if not adapter.method.mergeable:
         why = "its delta depends on the input, not on a weight" if adapter.sites else "it has no delta"
-        raise InfuseError(f"{type(adapter.method).__name__} can't be merged: {why}.")
+        why = "it trained the base itself, which is whole already" if adapter.method.unfreezes else why
+        raise InfuseError(f"{adapter.method.name} can't be merged: {why}.")
     changed = [site.module for site in adapter.sites.values()]
     changed += [model.get_submodule(dotted(path)) for path in adapter.copies]
     if pair := tied(outer.named_modules(memo={store}), changed):
