@@ -2,12 +2,14 @@
 
     python bench/accuracy.py --data train.csv --validation validation.csv              # several seeds
     python bench/accuracy.py --data train.csv --validation validation.csv --folds 5    # all rows, each held out once
+    python bench/accuracy.py --data train.csv --validation validation.csv --pairs 3000 # several labels a text
 
 Everything is as `infuse train` does it; the best epoch is chosen on the rows that are reported, as validation rows are.
 ``gain`` is the accuracy above logistic regression on the same rows, with its standard deviation over the runs.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -59,11 +61,24 @@ def measure(
 def splits(options: argparse.Namespace) -> list[tuple[Rows, Rows]]:
     """What each run trains on and is measured on: the same rows for every seed, or all rows, a fold a run."""
     train, validation = read(options.data), read(options.validation)
+    if options.pairs:
+        train, validation = joined(train, options.pairs), joined(validation, len(validation))
     if not options.folds:
         return [(train, validation)] * options.seeds
     rows = Rows(train.texts + validation.texts, (*train.labels, *validation.labels))  # type: ignore[misc]  # labelled
     folds = StratifiedKFold(options.folds, shuffle=True, random_state=0).split(rows.texts, rows.labels)
     return [(rows.take(rest.tolist()), rows.take(held_out.tolist())) for rest, held_out in folds]
+
+
+def joined(rows: Rows, count: int) -> Rows:
+    """Texts joined in pairs, drawn at random, that carry the labels of both."""
+    draw = random.Random(0)
+    pairs = [(draw.randrange(len(rows)), draw.randrange(len(rows))) for _ in range(count)]
+    texts, labels = rows.texts, rows.labels
+    return Rows(
+        tuple(f"{texts[i]} {texts[j]}" for i, j in pairs),
+        tuple(tuple(sorted({str(labels[i]), str(labels[j])})) for i, j in pairs),  # type: ignore[index]  # labelled
+    )
 
 
 def main() -> None:
@@ -74,6 +89,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["ia3", "lora"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folds", type=int, default=0, help="cross-validation over both files' rows, a seed a fold")
+    parser.add_argument("--pairs", type=int, default=0, help="rows to train on, two texts joined with both labels")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=VALUE", help="training settings off their default"

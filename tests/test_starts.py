@@ -1,10 +1,13 @@
-"""How methods start: the statistics of fresh parameters that the papers give, and the learning rates of bottlenecks."""
+"""How methods and heads start: the statistics of fresh parameters that the papers give, and learning rates."""
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import infuse
+from infuse.heads import HEADS, Head
 from infuse.testing import tiny
+from infuse.training.engine import head_rate
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 
@@ -82,3 +85,24 @@ def test_lora_and_ia3(fresh):
 def test_learning_rates():
     rates = [infuse.make(name).rate for name in ("houlsby", "pfeiffer", "parallel")]
     assert rates == [1e-3, 1e-3, 2e-3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("bert", "linear"), ("roberta", "hf"), ("distilbert", "hf"), ("gpt2", "linear")]
+)
+def test_a_models_own_head_of_one_layer_learns_as_a_linear_head(kind, rate):
+    adapter = infuse.attach(tiny(kind, AutoModelForSequenceClassification, num_labels=3), "ia3", "a")
+    adapter.head = Head("hf", "abc")
+    assert head_rate(adapter) == HEADS[rate]
+
+
+@pytest.mark.parametrize(("several", "length", "scale"), [(False, 1, 20), (True, 0.03, 40)])
+def test_cosine_heads_start_at_centroids(several, length, scale):
+    pooled = 5 * torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
+    targets = torch.tensor([[1, 0], [1, 1], [0, 1]] if several else [[1, 0], [1, 0], [0, 1]]).repeat(2, 1)
+    head = Head("cosine", "ab", 4, multi=several)
+    head.start_at(pooled, targets)
+    centroid = pooled[targets[:, 0] == 1].sum(0)
+    assert torch.allclose(head.weight[0], length * centroid / centroid.norm(), atol=1e-6)
+    assert head.log_scale.exp().item() == pytest.approx(scale)
+    assert not several or head.bias.tolist() == [-scale / 2, -scale / 2]

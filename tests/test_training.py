@@ -221,9 +221,9 @@ def test_several_labels_per_text(tiny_base, rows):
         )
 
     several = tuple(map(paired, rows))
-    base, result = fitted(tiny_base, several, replace(LORA, epochs=8, head_learning_rate=0.02, class_weights=True))
+    base, result = fitted(tiny_base, several, replace(LORA, class_weights=True))
     assert result.adapter.head.multi
-    assert scores(base, result.adapter, several[1])["macro_f1"] > 0.6
+    assert scores(base, result.adapter, several[1])["macro_f1"] > 0.7
 
 
 @pytest.mark.parametrize("method", ["ia3", "lora", "full", "head"])
@@ -237,7 +237,7 @@ def test_learning_rates_are_the_methods_own_unless_given(tiny_base, method):
         own = settings.learning_rate or adapter.method.learning_rate
         for group in groups:
             for parameter in group["params"]:
-                assert group["lr"] == (settings.head_learning_rate if id(parameter) in heads else own)
+                assert group["lr"] == ((settings.head_learning_rate or 0.01) if id(parameter) in heads else own)
                 assert group["weight_decay"] == (settings.weight_decay if parameter.dim() > 1 else 0)
         assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in base.model.parameters())
 

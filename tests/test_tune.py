@@ -22,7 +22,7 @@ from infuse import InfuseError, registry
 from infuse.bases import load_base
 from infuse.cli import main
 from infuse.data import read
-from infuse.heads import Head
+from infuse.heads import HEADS, Head
 from infuse.method import make, variants
 from infuse.spaces import Choice, Log, Uniform, contains
 from infuse.training import engine
@@ -266,7 +266,7 @@ def test_the_defaults_of_every_method_lie_in_its_space(name):
     assert outside <= given, f"{name}: {outside}"
     base, settings = found.draw(optuna.trial.FixedTrial(_middle(found, name) | draw))
     assert base == "minilm" and make(settings.method) == method
-    assert replace(settings, method="ia3", learning_rate=None) == Settings()
+    assert replace(settings, method="ia3", learning_rate=None) == Settings(head_learning_rate=HEADS["cosine"])
 
 
 def _middle(found, name):
@@ -278,7 +278,9 @@ def _middle(found, name):
 
 
 def test_settings_hold_their_own_space():
-    assert all(contains(search, getattr(Settings, key)) for key, search in SPACE.items())
+    rates = SPACE["head_learning_rate"]
+    assert all(contains(search, getattr(Settings, key)) for key, search in SPACE.items() if search != rates)
+    assert all(contains(rates, rate) for rate in HEADS.values())
     assert all(infuse.method.make(name).space for name in registry()) and "lora" in variants()
 
 

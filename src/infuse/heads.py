@@ -43,8 +43,11 @@ def _at(hidden: Hidden, index: Tensor) -> Pooled:
 POOLINGS: dict[str, Callable[[Hidden, Mask], Pooled]] = {"mean": _mean, "cls": _first, "last": _last}
 """Mean over real tokens; the first real token; the last real token (padding may be on either side)."""
 
-HEADS = ("cosine", "linear", "hf")
-"""``cosine``: scaled cosine to a learned vector per label; ``linear``: an affine map; ``hf``: the model's own head."""
+HEADS = {"cosine": 3e-3, "linear": 1e-2, "hf": 3e-3}
+"""``cosine``: scaled cosine to a learned vector per label; ``linear``: an affine map; ``hf``: the model's own head.
+
+With the learning rate of each, chosen on validation rows (docs/decisions.md).
+"""
 
 TEMPERATURES = (1e-3, 1e3)
 """The range of a head's temperature; beyond it, exponentials of logits over- and underflow."""
@@ -79,7 +82,12 @@ class Head(nn.Module):
         threshold: a text whose highest probability is below it is out of scope (see :func:`answer`); 0: none is.
     """
 
-    SCALE = 20.0
+    SCALE, LENGTH = {False: 20.0, True: 40.0}, {False: 1.0, True: 0.03}
+    """Where the scale and the vectors of a cosine head start, for one label a text and for several.
+
+    The shorter a vector, the further a step turns it; those of several labels have further to go, because the
+    centroid of a label's texts is blurred by their other labels.
+    """
 
     def __init__(
         self,
@@ -102,10 +110,10 @@ class Head(nn.Module):
             self.bias = nn.Parameter(torch.zeros(len(labels)))
         elif kind == "cosine":
             self.weight = nn.Parameter(torch.randn(len(labels), width) / math.sqrt(max(1, width)))
-            self.log_scale = nn.Parameter(torch.tensor(math.log(self.SCALE)))
+            self.log_scale = nn.Parameter(torch.tensor(math.log(self.SCALE[self.multi])))
             if multi:
                 # Cosines to several labels are large at once: a learned threshold per label decides each.
-                self.bias = nn.Parameter(torch.full((len(labels),), -0.5 * self.SCALE))
+                self.bias = nn.Parameter(torch.full((len(labels),), -0.5 * self.SCALE[True]))
 
     def calibrate(self, temperature: float, threshold: float) -> None:
         """Set both, or raise :class:`InfuseError` for values that no calibration gives (they may come from a file)."""
@@ -133,7 +141,7 @@ class Head(nn.Module):
             return
         centroids = targets.T.float() @ F.normalize(pooled.float(), dim=-1)
         known = targets.sum(0) > 0
-        self.weight[known] = F.normalize(centroids, dim=-1)[known].to(self.weight)
+        self.weight[known] = self.LENGTH[self.multi] * F.normalize(centroids, dim=-1)[known].to(self.weight)
 
     def loss(
         self,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from infuse.adapter import Adapter
 from infuse.errors import InfuseError
-from infuse.heads import Head, apply
+from infuse.heads import HEADS, Head, apply
 from infuse.model import penalty, store_of
 from infuse.training.batches import Buckets
 from infuse.training.prefix import Prefix
@@ -163,12 +164,20 @@ def trained(model: Any) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
 
+def head_rate(adapter: Adapter) -> float:
+    """The learning rate of an adapter's head by default; a model's own that is one layer learns as a linear one."""
+    assert isinstance(adapter.head, Head)
+    kind, layers = adapter.head.kind, list(adapter.copies.values())
+    alone = kind == "hf" and len(layers) == 1 and isinstance(layers[0], nn.Linear)
+    return HEADS["linear" if alone else kind]
+
+
 def parameter_groups(model: TextClassifier, settings: Settings) -> list[dict[str, Any]]:
     """Deltas and head at their learning rates; weight decay on matrices only, and not on those of ``undecayed``."""
     head = {id(p) for m in (model.adapter.head, model.adapter.copies) if m is not None for p in m.parameters()}
     spared = {id(d.params[n]) for d in model.adapter.deltas.values() for n in d.method.undecayed}  # type: ignore[union-attr, operator]  # deltas
     rate = settings.learning_rate or model.adapter.method.rate
-    rates = {False: rate, True: settings.head_learning_rate}
+    rates = {False: rate, True: settings.head_learning_rate or head_rate(model.adapter)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for _, parameter in trained(model):
         decayed = parameter.dim() > 1 and id(parameter) not in spared

@@ -37,7 +37,7 @@ def _report(
     classes: Sequence[Mapping[str, Any]],
     figures: Sequence[Drawn],
 ) -> Report:
-    baseline, parameters = metrics["baseline"], metrics["parameters"]
+    baseline, parameters, resolved = metrics["baseline"], metrics["parameters"], metrics["resolved"]
     splits = [name for name in ("validation", "test") if name in metrics]
     measured = [
         (who, name, metrics["rows"][name], *(100 * of[name][measure] for measure in ("accuracy", "macro_f1")))
@@ -56,8 +56,8 @@ def _report(
         subtitle=f"Base {config.base}, {metrics['rows']['train']:,} training rows, {metrics['seconds']:.0f} s",
         answer=[
             f"{parameters['transformer']:,} parameters trained in the transformer ({parameters['percent_of_base']:g} % "
-            f"of the base) and {parameters['head']:,} in the head, at a learning rate of "
-            f"{metrics['resolved']['learning_rate']:g}, the trunk in {metrics['resolved']['precision']}."
+            f"of the base) and {parameters['head']:,} in the head, at learning rates of {resolved['learning_rate']:g} "
+            f"and {resolved['head_learning_rate']:g}, the trunk in {resolved['precision']}."
         ],
         tables=[
             Table("Measures", (Column("who"), Column("split"), Column("rows", ",d"), *percent), measured),

@@ -26,6 +26,7 @@ from infuse.texts import probabilities
 from infuse.training.baseline import logistic_regression
 from infuse.training.batches import encode
 from infuse.training.config import TrainConfig
+from infuse.training.engine import head_rate
 from infuse.training.fit import fit
 from infuse.training.folders import (
     ADAPTER,
@@ -130,6 +131,7 @@ def train(
             "base": config.base,
             "resolved": {
                 "learning_rate": config.learning_rate or method.rate,
+                "head_learning_rate": config.head_learning_rate or head_rate(fitted.adapter),
                 "precision": precision,
                 "pooling": base.pooling,
             },

@@ -29,8 +29,8 @@ class Settings:
     """Rows per optimizer step."""
     learning_rate: float | None = None
     """Peak learning rate; by default the method's own."""
-    head_learning_rate: float = 3e-3
-    """Peak learning rate of the head, where it is not the method's."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the head; by default the head's own."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Decay of the learning rate after warm-up."""
     warmup: float = 0.1
@@ -78,14 +78,15 @@ class Settings:
             ("patience", 0, 10_000),
             ("clip", 0, float("inf")),
             ("weight_decay", 0, 10),
-            ("head_learning_rate", 1e-9, 10),
             ("seed", 0, 2**32 - 1),  # numpy's limit
         ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InfuseError(f"{name} must lie between {low} and {high:,}, not {value}.")
-        if self.learning_rate is not None and not 0 < self.learning_rate <= 10:
-            raise InfuseError(f"learning_rate must be positive and at most 10, not {self.learning_rate}.")
+        for name in ("learning_rate", "head_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 < rate <= 10:
+                raise InfuseError(f"{name} must be positive and at most 10, not {rate}.")
 
 
 SPACE: Space = MappingProxyType(

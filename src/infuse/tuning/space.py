@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
 from infuse.errors import InfuseError, listed
+from infuse.heads import HEADS
 from infuse.method import Method, make, settings, spelled
 from infuse.sites import check_roles
 from infuse.spaces import Choice, Log, Scalar, Search, Space, contains, ends, parse
@@ -50,7 +51,7 @@ class Candidates:
                 if len(self.methods) > 1:
                     draw["method"] = name
                 open_ones = {key: search for key, search in self.spaces[name].items() if len(ends(search)) > 1}
-                values = {key: _default(method, key) for key in open_ones}
+                values = {key: self._default(method, key) for key in open_ones}
                 draw |= {self._called(name, k): v for k, v in values.items() if contains(open_ones[k], v)}
                 found.append((draw, all(contains(open_ones[key], value) for key, value in values.items())))
         return found
@@ -60,7 +61,7 @@ class Candidates:
         method = self.methods[name]
         own = {key: search for key, search in self.spaces[name].items() if hasattr(method, key)}
         held = {key: ends(search)[0] for key, search in own.items() if len(ends(search)) == 1}
-        if any(key not in held and not contains(search, _default(method, key)) for key, search in own.items()):
+        if any(key not in held and not contains(search, self._default(method, key)) for key, search in own.items()):
             return None
         return make(_settings(method, held, self.held).method)
 
@@ -70,6 +71,14 @@ class Candidates:
         held = {key: value for key, value in asdict(self.held).items() if key != "precision"}  # a machine's own
         methods = {name: spelled(method) for name, method in self.methods.items()}
         return {"bases": list(self.bases), "methods": methods, "spaces": spaces, "held": held}
+
+    def _default(self, method: Method, key: str) -> Scalar:
+        if key == "learning_rate":
+            return method.rate
+        if key == "head_learning_rate":
+            return HEADS[self.held.head]
+        value = getattr(method, key) if key in {f.name for f in fields(method)} else getattr(Settings, key)
+        return "+".join(value) if isinstance(value, tuple) else value
 
     def _called(self, method: str, key: str) -> str:
         return key if self._shared(key) else f"{method}.{key}"
@@ -156,10 +165,3 @@ def _settings(method: Method, values: Mapping[str, Scalar], held: Settings) -> S
     changed = make({**settings(method), **{k: v for k, v in values.items() if k in own}})
     training = {key: value for key, value in values.items() if key not in own}
     return Settings(**{**asdict(held), "method": spelled(changed), **training})
-
-
-def _default(method: Method, key: str) -> Scalar:
-    if key == "learning_rate":
-        return method.rate
-    value = getattr(method, key) if key in {f.name for f in fields(method)} else getattr(Settings, key)
-    return "+".join(value) if isinstance(value, tuple) else value
