@@ -125,7 +125,7 @@ def test_a_runs_own_config_repeats_it(run, tmp_path, capsys):
 
 
 def test_evaluate(run, toy, predictor, capsys):
-    found = json.loads(command("evaluate", run, "--data", toy, "--format", "json"))
+    found = json.loads(here(capsys, "evaluate", run, "--data", toy, "--format", "json"))
     rows = read(toy)
     predicted = [predictor.labels[i] for i in predictor.probabilities(rows.texts).argmax(1)]
     assert found["rows"] == 120
@@ -185,7 +185,7 @@ def test_predict_from_a_file_as_csv(run, toy, predictor, capsys):
 
 
 def test_summary_counts_methods_and_runs(tiny_base, run, capsys):
-    shown = command("summary", tiny_base, "--methods", "ia3", "lora:rank=4", "--layers", "last:1")
+    shown = here(capsys, "summary", tiny_base, "--methods", "ia3", "lora:rank=4", "--layers", "last:1")
     assert "224" not in shown and " 112 " in shown and " 512 " in shown
     total = sum(p.numel() for p in AutoModel.from_pretrained(tiny_base).parameters())
     assert f"{total:,} parameters" in " ".join(shown.split())
@@ -202,15 +202,16 @@ def test_summary_shows_the_methods_that_fit_and_why_others_do_not(tiny_base, mon
     assert "–" in rows["compacter"] and "must divide 32" in rows["compacter"]
 
 
-def test_sites_shows_every_role(tiny_base):
-    lines = [line for line in command("sites", tiny_base).splitlines() if "output" in line or "input" in line]
+def test_sites_shows_every_role(tiny_base, monkeypatch, capsys):
+    monkeypatch.setattr("infuse.console.out.width", 120)
+    lines = [line for line in here(capsys, "sites", tiny_base).splitlines() if "output" in line or "input" in line]
     shown = {role: line for line in lines for role in line.replace("│", " ").split()[:1]}
     assert {"query", "key", "value", "attention_output", "ffn_up", "ffn_hidden", "ffn_output"} == set(shown)
     assert "input" in shown["ffn_hidden"] and "48" in shown["ffn_hidden"] and "encoder.layer.*" in shown["query"]
 
 
-def test_merged_models_answer_like_their_runs(run, toy, predictor, tmp_path):
-    assert str(tmp_path / "merged") in command("merge", run, tmp_path / "merged")
+def test_merged_models_answer_like_their_runs(run, toy, predictor, tmp_path, capsys):
+    assert str(tmp_path / "merged") in here(capsys, "merge", run, tmp_path / "merged")
     texts = read(toy).texts
     merged, exact = open_run(tmp_path / "merged"), open_run(run, precision="fp32")
     assert np.abs(merged.probabilities(texts) - exact.probabilities(texts)).max() < 1e-4
@@ -493,8 +494,6 @@ def test_flags_that_make_no_sense(arguments, message, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("arguments", ["predict {run} hello", "predict {run} hello --format csv"])
 def test_output_that_can_not_be_written(run, arguments):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "infuse", *arguments.format(run=run).split()],
-            stdout=full, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        words = [sys.executable, "-m", "infuse", *arguments.format(run=run).split()]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "No space left" in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -7,7 +7,7 @@ sees a delta that does something.
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +152,23 @@ def mixed_equals_one_by_one(method: Method, make: Make) -> None:
         wake(model, name, seed)
     rows = ["b", None, "a", "c", "b", "a"]
     beside = [[None, "a", "a", "b", "c", None], ["a", "b", None, None, None, None], [None, None, "a", None, None, None]]
+
+    def alone(names: Sequence[str | None]) -> Tensor:
+        each = {name: output(model, batch, name) for name in dict.fromkeys(names)}
+        return torch.stack([each[name][row] for row, name in enumerate(names)])
+
     for names in (rows, *beside, ["a", "b", "c", "c", "b", "a"], ["a"] * 6):
-        mixed = output(model, batch, names)
-        alone = torch.stack([output(model, batch, name)[row] for row, name in enumerate(names)])
-        close(mixed, alone)
+        expected = alone(names)
+        close(output(model, batch, names), expected)
         with torch.no_grad():
-            close(output(model, batch, names), alone)
+            close(output(model, batch, names), expected)
     wake(model, "b", seed=9)  # what inference has prepared must not outlive a change
     with torch.no_grad():
-        close(output(model, batch, rows), torch.stack([output(model, batch, n)[r] for r, n in enumerate(rows)]))
+        close(output(model, batch, rows), alone(rows))
     output(model, batch, rows).square().mean().backward()
     together = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    whole = torch.stack([output(model, batch, name)[row] for row, name in enumerate(rows)])
-    whole.square().mean().backward()
+    alone(rows).square().mean().backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             close(together[name], parameter.grad, 1e-4)
