@@ -130,6 +130,21 @@ def test_changed_parameters_are_seen(model, change):
     check(model, NAMES)
 
 
+def test_a_changed_base_is_seen():
+    """DoRA's magnitudes are divided by norms that the frozen weight has a part in."""
+    model = tiny("bert").eval()
+    for seed, name in enumerate(NAMES):
+        infuse.attach(model, "lora:dora=true", name)
+        wake(model, name, seed)
+    for names in (NAMES, ["a"] * 3):
+        check(model, names)
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.query.weight.mul_(1.5)
+    for names in (NAMES, ["a"] * 3):
+        check(model, names)
+
+
 def test_slots_are_used_again(model):
     check(model, NAMES)
     bank: Bank = next(iter(store_of(model).banks.banks.values()))

@@ -22,12 +22,12 @@ class Bank:
 
     def __init__(self) -> None:
         self.slots: dict[Adapter, int] = {}
-        self.versions: dict[Adapter, int] = {}
+        self.versions: dict[Adapter, Any] = {}
         self.free: list[int] = []
         self.stacked: Tree = None
         self.capacity = 0
 
-    def put(self, versions: Mapping[Adapter, int], prepared: Tree) -> None:
+    def put(self, versions: Mapping[Adapter, Any], prepared: Tree) -> None:
         """Write prepared parameters, stacked in the order of the adapters, into slots of their own."""
         new = [a for a in versions if a not in self.slots]
         if len(new) > len(self.free):
@@ -61,13 +61,13 @@ class Banks:
         self.lock = Lock()
 
     def slots(
-        self, key: Any, versions: Mapping[Adapter, int], prepare: Callable[[Sequence[Adapter]], Tree]
+        self, key: Any, versions: Mapping[Adapter, Any], prepare: Callable[[Sequence[Adapter]], Tree]
     ) -> tuple[Tree, tuple[int, ...]]:
         """Prepared parameters of all adapters of a bank, (slots, ...), and the slots of those that are asked for.
 
         Args:
             key: what tells this bank from others: site, kind, dtype, device.
-            versions: the adapters that are asked for, each with the version of its parameters.
+            versions: the adapters that are asked for, each with the version of what it is prepared from.
             prepare: parameters of several adapters, stacked and ready to be used.
         """
         with self.lock:

@@ -147,6 +147,11 @@ class Method(ABC):
         """What depends on the parameters alone: computed once per adapter and call, not once per row."""
         return p
 
+    def condense(self, p: Params) -> Params:
+        """Prepared parameters in a form that is quicker for many adapters at a time and gives the same; it is computed
+        once and kept, in mixed batches without gradients."""
+        return p
+
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:
         """The (weight, bias) that give the adapted activation without the delta; only if ``mergeable``."""
         raise InfuseError(

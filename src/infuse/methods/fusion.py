@@ -69,12 +69,17 @@ class Fusion(Mixer):
         updates: Float[Tensor, "*batch members width"],
         training: bool,
     ) -> Float[Tensor, "*batch members"]:
-        q = linear(query, p["Q"], p["q"])
-        # q·(K·u + k) = (Kᵀq)·u + q·k: one product per query instead of one per member.
-        scores = (updates @ (q @ p["K"]).unsqueeze(-1)).squeeze(-1) + linear(q, torch.atleast_2d(p["k"]))
+        q, shift = linear(query, p["Q"], p["q"]), 0
+        if "K" in p:  # q·(K·u + k) = (Kᵀq)·u + q·k: one product per query instead of one per member
+            q, shift = q @ p["K"], linear(q, torch.atleast_2d(p["k"]))
+        scores = (updates @ q.unsqueeze(-1)).squeeze(-1) + shift
         if self.dropout:
             scores = F.dropout(scores, self.dropout, training)
         return scores.softmax(-1)
+
+    def condense(self, p: Params) -> Params:
+        """``Kᵀ(Q·z + b_q)`` as one map; ``q·b_k`` is the same for all members: softmax, without dropout, drops it."""
+        return p if self.dropout else {"Q": p["K"].T @ p["Q"], "q": p["q"] @ p["K"], "V": p["V"]}
 
     def mix(
         self, p: Params, weights: Float[Tensor, "*batch members"], updates: Float[Tensor, "*batch members width"]
