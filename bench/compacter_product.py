@@ -22,8 +22,8 @@ def main() -> None:
 
         def built(x=x, rule=rule, left=left, right=right):
             weight = torch.bmm(left, right)
-            kron = rule[:, :, None, :, None] * weight[:, None, :, None, :]
-            return x @ kron.sum(0).flatten(2, 3).flatten(0, 1)
+            blocks = (rule.flatten(1).T @ weight.flatten(1)).reshape(n, n, *weight.shape[1:])
+            return torch.nn.functional.linear(x, blocks.permute(1, 3, 0, 2).flatten(2, 3).flatten(0, 1))
 
         def factors(x=x, rule=rule, left=left, right=right):
             inner = torch.einsum("tac,kcr->tkar", x.unflatten(-1, (n, -1)), left)

@@ -122,8 +122,8 @@ class Compacter(Method):
     def _matrix(self, p: Params, side: str) -> Float[Tensor, "out in"]:
         rule = p["rule"] if self.shared_rule else p[f"{side}_rule"]
         weight = torch.bmm(p[f"{side}_left"], p[f"{side}_right"]) if self.rank else p[f"{side}_whole"]
-        kron = rule[:, :, None, :, None] * weight[:, None, :, None, :]
-        return kron.sum(0).flatten(2, 3).flatten(0, 1).T
+        blocks = (rule.flatten(1).T @ weight.flatten(1)).reshape(self.n, self.n, *weight.shape[1:])
+        return blocks.permute(1, 3, 0, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _xavier(rows: int, columns: int) -> Tensor:
