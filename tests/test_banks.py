@@ -183,3 +183,14 @@ def test_replaced_parameters_are_seen(model):
     delta = next(iter(adapter.deltas.values()))
     delta.B = torch.nn.Parameter(delta.B.detach() + 1)
     check(model, NAMES)
+
+
+def test_a_replaced_shared_parameter_is_seen():
+    model = tiny("bert").eval()
+    for seed, name in enumerate(NAMES):
+        infuse.attach(model, "compacter:width=4", name)
+        wake(model, name, seed)
+    check(model, NAMES)
+    shared = store_of(model)["a"].shared
+    shared["rule"] = torch.nn.Parameter(shared["rule"].detach() * 3)
+    check(model, NAMES)

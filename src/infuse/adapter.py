@@ -106,9 +106,9 @@ class Adapter(nn.Module):
     def version(self) -> int:
         """A number that grows when a parameter of the deltas was written to or replaced since the last call."""
         if self._seen[0] != Delta.registered:
-            parameters = [*self.deltas.parameters(), *self.shared.parameters()]
-            self._tensors = [p for p in parameters if not p.is_inference()]  # those can't be written to
-        now = [t._version for t in self._tensors] + [t.data_ptr() for t in self._tensors]
+            self._tensors = [p for p in self.deltas.parameters() if not p.is_inference()]  # those can't be written to
+        tensors = [*self._tensors, *(p for p in self.shared.values() if not p.is_inference())]
+        now = [t._version for t in tensors] + [t.data_ptr() for t in tensors]
         if self._seen != (Delta.registered, now):
             self._version += now != self._seen[1]
             self._seen = Delta.registered, now

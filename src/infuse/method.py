@@ -144,12 +144,13 @@ class Method(ABC):
         return {}
 
     def prepare(self, p: Params, *args: Any, **kwargs: Any) -> Params:
-        """What depends on the parameters alone: computed once per adapter and call, not once per row."""
+        """What depends on the parameters (and the frozen weight) alone: computed once per adapter and call, not once
+        per row; in mixed batches without gradients, where it runs under ``vmap``, once until one of them changes."""
         return p
 
     def condense(self, p: Params) -> Params:
-        """Prepared parameters in a form that is quicker for many adapters at a time and gives the same; it is computed
-        once and kept, in mixed batches without gradients."""
+        """Prepared parameters in the form in which mixed batches without gradients keep them, if there is a quicker
+        one; the functions that use parameters take both."""
         return p
 
     def merge(self, p: Params, weight: Tensor, bias: Tensor | None, side: str) -> tuple[Tensor, Tensor | None]:

@@ -54,7 +54,7 @@ WRITE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def _part(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[str, Tensor]:
     """For the rows of a group: what acts on the activation, and how (see :attr:`infuse.method.Method.acts`)."""
     if len(group.adapters) == 1:
-        return _one(adapters, next(iter(group.adapters)), call, group)
+        return _one(adapters, next(iter(group.adapters)), call, group.rows)
     return _many(adapters, group, call)
 
 
@@ -85,27 +85,38 @@ def _write(h: Tensor, rows: slice | Tensor, acts: str, value: Tensor) -> None:
 
 
 def _one(
-    adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, group: Group | None = None
+    adapters: Mapping[str, Adapter], adapter: Adapter, call: Call, rows: slice | Tensor = slice(None)
 ) -> tuple[str, Tensor]:
     recipe: Recipe = adapter.kinds[call.site.name].recipe
-    if recipe.prepares and group is not None and call.keeps:
-        bank, slots = _bank(adapters, group, call, direct=False)
-        p = mapped(lambda value: value[slots[0]], bank)
-    else:
-        p = parameters(adapters, adapter, call.site)
-        p = cast(recipe.prepare(p, call.fixed()) if recipe.prepares else p, call.h.dtype)
-    rows = slice(None) if group is None else group.rows
-    return recipe.acts, recipe.part(p, call.rowwise(recipe.needs, rows), call.fixed(recipe.needs))
+    p = parameters(adapters, adapter, call.site)
+    if recipe.prepares:
+        p = recipe.prepare(p, call.fixed())
+    return recipe.acts, recipe.part(cast(p, call.h.dtype), call.rowwise(recipe.needs, rows), call.fixed(recipe.needs))
 
 
 def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[str, Tensor]:
     recipe: Recipe = group.kind.recipe
     direct = call.h.ndim == 3 and recipe.stackable
     given, fixed = call.rowwise(recipe.needs, group.rows), call.fixed(recipe.needs)
-    if not call.keeps:
-        p = _taken(_stacked(adapters, group.adapters, call, recipe, direct), group.which)
+
+    def stacked(some: Iterable[Adapter], kept: bool = False) -> Any:
+        both = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
+        if recipe.prepares:
+            both = vmap(partial(recipe.prepare, fixed=call.fixed()))(both)
+        if kept:
+            both = vmap(recipe.condense)(both)
+        both = cast(both, call.h.dtype)
+        return mapped(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, both) if direct else both
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or call.banks is None:
+        p = mapped(lambda value: value.index_select(0, group.which), stacked(group.adapters))
     else:
-        bank, slots = _bank(adapters, group, call, direct)
+        key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
+        versions: Mapping[Adapter, Any] = group.adapters
+        if recipe.reads_base:
+            base = _version(call.site.weight)
+            versions = {adapter: (own, base) for adapter, own in versions.items()}
+        bank, slots = call.banks.slots(key, versions, partial(stacked, kept=True))
         if direct and given and _pays(group, bank, given):
             p = _taken(bank, group.index_of_runs(slots))
             return recipe.acts, _by_adapter(recipe, group, p, given, fixed)
@@ -117,34 +128,9 @@ def _many(adapters: Mapping[str, Adapter], group: Group, call: Call) -> tuple[st
     return recipe.acts, value.reshape(len(value), *(1,) * (call.h.ndim - value.ndim), *value.shape[1:])
 
 
-def _bank(
-    adapters: Mapping[str, Adapter], group: Group, call: Call, direct: bool
-) -> tuple[Parameters, tuple[int, ...]]:
-    """The bank of a group's kind at the call's site, and the slots of its adapters there."""
-    recipe: Recipe = group.kind.recipe
-
-    def prepared(some: Iterable[Adapter]) -> Parameters:
-        return _stacked(adapters, some, call, recipe, direct)
-
-    assert call.banks is not None
-    key = (call.site.name, group.kind, direct, call.h.dtype, call.h.device)
-    versions: Mapping[Adapter, Any] = group.adapters
-    if recipe.reads_base and not (frozen := call.site.weight).is_inference():  # such a tensor can't be written to
-        versions = {a: (own, frozen._version, frozen.data_ptr()) for a, own in versions.items()}
-    return call.banks.slots(key, versions, prepared)
-
-
-def _stacked(
-    adapters: Mapping[str, Adapter], some: Iterable[Adapter], call: Call, recipe: Recipe, direct: bool
-) -> Parameters:
-    """Parameters of several adapters, prepared; ``direct``: in the shapes that stackable functions take."""
-    p = tree_map(lambda *values: torch.stack(values), *[parameters(adapters, a, call.site) for a in some])
-    if recipe.prepares:
-        p = vmap(partial(recipe.prepare, fixed=call.fixed()))(p)
-    if recipe.condenses and call.keeps:
-        p = vmap(recipe.condense)(p)
-    p = cast(p, call.h.dtype)
-    return mapped(lambda value: value.unsqueeze(1) if value.ndim == 2 else value, p) if direct else p
+def _version(weight: Tensor) -> tuple[int, int]:
+    """What differs once a weight was written to or replaced."""
+    return -1 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 def _taken(bank: Parameters, at: slice | Tensor) -> Parameters:

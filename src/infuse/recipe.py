@@ -24,7 +24,6 @@ class Recipe:
         stackable: whether all functions take parameters with a row per text.
         prepares: whether parameters are not used as they are.
         reads_base: whether what is prepared depends on the frozen weight, too.
-        condenses: whether kept parameters have another form.
     """
 
     method: Method
@@ -34,7 +33,6 @@ class Recipe:
     stackable: bool = field(init=False)
     prepares: bool = field(init=False)
     reads_base: bool = field(init=False)
-    condenses: bool = field(init=False)
 
     def __post_init__(self) -> None:  # not on demand: torch.compile can't trace what caches behind a lock
         mixes, methods = isinstance(self.method, Mixer), (self.method, *self.members)
@@ -44,8 +42,7 @@ class Recipe:
             "needs": frozenset().union(*asked, {"h"} if mixes else ()),
             "stackable": all(m.stackable for m in methods),
             "prepares": any(type(m).prepare is not Method.prepare for m in methods),
-            "reads_base": any(m.wants("prepare") for m in methods),
-            "condenses": any(type(m).condense is not Method.condense for m in methods),
+            "reads_base": any("weight" in m.wants("prepare") for m in methods),
         }
         for name, value in facts.items():
             object.__setattr__(self, name, value)
@@ -113,11 +110,6 @@ class Call:
     residual: Tensor | None = None
     banks: Banks | None = None
     owned: bool = False
-
-    @property
-    def keeps(self) -> bool:
-        """Whether prepared parameters may be kept for the next call: nobody else follows what is computed."""
-        return self.banks is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
     def rowwise(self, names: Collection[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
         """The tensors asked for that have a row per text, of some rows or all."""

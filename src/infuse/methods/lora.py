@@ -68,14 +68,14 @@ class LoRA(Method):
             params["m"] = site.weight.detach().float().norm(dim=1)
         return params
 
-    def prepare(self, p: Params, weight: Float[Tensor, "out in"]) -> Params:
-        if not self.dora:
+    def prepare(self, p: Params, weight: Float[Tensor, "out in"] | None = None) -> Params:
+        if not self.dora or weight is None:
             return p
-        norm = self._updated(p, weight).norm(dim=1).detach()
-        return {**p, "gain": p["m"] / norm.to(p["m"].dtype)}
+        return {**p, "gain": p["m"] / self._updated(p, weight).norm(dim=1).detach().to(p["m"].dtype)}
 
     def wants(self, function: str) -> frozenset[str]:
-        return super().wants(function) - (frozenset() if self.dora else {"h"})
+        for_dora = {"update": {"h"}, "prepare": {"weight"}}.get(function, set())
+        return super().wants(function) - (frozenset() if self.dora else for_dora)
 
     def update(
         self, p: Params, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"],
