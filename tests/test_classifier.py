@@ -4,14 +4,16 @@ import copy
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.metrics import log_loss
+from sklearn.metrics import f1_score, log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import FunctionTransformer
+from sklearn.preprocessing import FunctionTransformer, MultiLabelBinarizer
 from test_files import rewrite
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -159,6 +161,53 @@ def test_several_labels_per_text(quick, task):
     assert np.mean(overlap) > 0.6
 
 
+@pytest.fixture(scope="module")
+def pairs(task):
+    """Texts of two labels each, their labels, and those as an indicator matrix with a column that is never 1."""
+    texts = [f"{one} {two}" for one, two in zip(task[0], task[0][1:], strict=False)]
+    binarizer = MultiLabelBinarizer(classes=[*sorted(set(task[1])), "never"])
+    return texts, binarizer.fit_transform(zip(task[1], task[1][1:], strict=False)), binarizer.classes_
+
+
+@pytest.mark.parametrize("form", [np.array, lambda m: m.astype(bool), lambda m: m.astype(float), csr_array],
+                         ids=["int", "bool", "float", "sparse"])  # fmt: skip
+def test_an_indicator_matrix_gives_one_back(quick, pairs, form, tmp_path):
+    texts, matrix, _ = pairs
+    model = clone(quick).set_params(epochs=8).fit(texts, form(matrix))
+    assert model.classes_.tolist() == list(range(matrix.shape[1]))
+    predicted = model.predict(texts)
+    assert predicted.shape == matrix.shape and set(np.unique(predicted)) == {0, 1}
+    assert f1_score(matrix[:, :-1], predicted[:, :-1], average="micro") > 0.6 and not predicted[:, -1].any()
+    assert model.score(texts, form(matrix)) == (predicted == matrix).all(1).mean() > 0.3
+    again = Classifier.load(model.save(tmp_path / "saved"))
+    assert again.classes_.dtype == model.classes_.dtype and again.classes_.tolist() == model.classes_.tolist()
+    assert np.array_equal(again.predict_proba(texts), model.predict_proba(texts))
+    assert np.array_equal(again.predict(texts), predicted)
+
+
+def test_columns_of_a_frame_are_labels(quick, pairs):
+    texts, matrix, names = pairs
+    frame = pd.DataFrame(matrix, columns=names)
+    model = clone(quick).fit(texts, frame)
+    assert model.classes_.tolist() == list(names)
+    assert model.score(texts, frame) == (model.predict(texts) == matrix).all(1).mean()
+    for given in (matrix, frame[names[::-1]], frame[names[:-1]], list(map(list, matrix)), names[0]):
+        with pytest.raises(InfuseError, match=f"columns of training: {names[0]}"):
+            model.score(texts, given)
+
+
+def test_cross_validation_with_several_labels(quick, pairs):
+    texts, matrix, _ = pairs
+    assert (cross_val_score(quick, texts, matrix, cv=2, scoring="f1_micro", error_score="raise") > 0.2).all()
+    found = GridSearchCV(quick, {"method": ["ia3", "head"]}, cv=2, error_score="raise").fit(texts, matrix)
+    assert found.predict(texts).shape == matrix.shape
+
+
+def test_a_text_without_labels_is_scored(quick, task):
+    model = clone(quick).fit(task[0], [[label] for label in task[1]])
+    assert model.score(task[0][:1], [[]]) == (not model.predict(task[0][:1])[0])
+
+
 def test_saved_classifiers_answer_the_same(model, task, tmp_path):
     loaded = Classifier.load(model.save(tmp_path / "saved"))
     assert np.array_equal(loaded.predict_proba(task[0]), model.predict_proba(task[0]))
@@ -206,7 +255,14 @@ def test_what_is_not_fitted_says_so(quick, task, tmp_path):
         (["a b", "c"], [[], []], "label"),
         ([], [], "two labels|text"),
         (["a b", "c"], "ab", "list of labels"),
-        (["a b", "c"], np.eye(2, dtype=int), "list of labels"),
+        (["a b", "c"], np.ones((2, 1)), "list of labels"),
+        (["a b", "c"], np.zeros((2, 2, 2)), "list of labels"),
+        (["a b", "c"], np.array([[0, 2], [1, 0]]), "MultiLabelBinarizer"),
+        (["a b", "c"], np.array([[0, np.nan], [1, 0]]), "MultiLabelBinarizer"),
+        (["a b", "c"], np.array([["x", "y"], ["x", "z"]]), "MultiLabelBinarizer"),
+        (["a b", "c"], np.zeros((2, 3)), "two labels"),
+        (["a b", "c", "d"], np.eye(2), "3 texts but 2 labels"),
+        (["a b", "c"], pd.DataFrame(np.eye(2), columns=["x", 1]), "use one kind"),
         (None, ["x", "y"], "list of texts, not None"),
         (5, ["x", "y"], "list of texts, not int"),
         ({"a b": 1, "c": 2}, ["x", "y"], "list of texts, not dict"),

@@ -13,7 +13,7 @@ from infuse.bases import load_base
 from infuse.checkpoint import save
 from infuse.data import Rows, stratified
 from infuse.data.check import check_rows
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, listed
 from infuse.heads import head_of
 from infuse.method import Method, make, spelled
 from infuse.model import store_of
@@ -28,7 +28,9 @@ class Classifier(ClassifierMixin, BaseEstimator):
     """A text classifier: a frozen base model, one adapter, one head.
 
     It follows scikit-learn's conventions (``clone``, ``cross_val_score``, ``GridSearchCV`` work). Labels are strings,
-    numbers or booleans, and come back as such, from a saved file too; a list of labels per text makes it multi-label.
+    numbers or booleans, and come back as such, from a saved file too. A list of labels per text makes it multi-label,
+    and so does an indicator matrix (an array, a DataFrame, sparse) with a row of 0 and 1 per text and a column per
+    label; then ``predict`` gives one, too. scikit-learn's own tools take matrices only.
 
     Args:
         base: ``minilm``, a folder, or a hub id.
@@ -38,7 +40,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         validation_fraction: share of the rows held out to choose the best epoch by; 0 keeps the last epoch.
 
     Attributes:
-        classes_: the labels, sorted.
+        classes_: the labels, sorted; of an indicator matrix, its columns.
         history_: the course of the training.
     """
 
@@ -78,7 +80,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         self.seed = seed
 
     def fit(self, texts: Sequence[str], labels: Sequence[Any]) -> "Classifier":
-        """Train on texts and their labels (or lists of labels).
+        """Train on texts and their labels (or lists of labels, or an indicator matrix).
 
         Raises:
             InfuseError: texts that are blank or no strings, fewer than two labels, settings that cannot work.
@@ -91,7 +93,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         names = {f: getattr(self, f) for f in _SETTINGS}
         settings = Settings(method=spelled(make(self.method)), **names)
         settings.check()
-        rows, kind = _rows(texts, labels)
+        columns, labels = _columns(labels)
+        rows, kind = _rows(texts, labels, columns)
         train, validation = stratified(rows, float(share), self.seed) if share else (rows, None)
         if validation is not None and not len(validation):
             train, validation = rows, None
@@ -102,49 +105,61 @@ class Classifier(ClassifierMixin, BaseEstimator):
         fitted.adapter.info = {
             "run": {"base": name, "max_length": self.max_length, "precision": settings.trunk_precision},
             "label_type": kind,
+            **({} if columns is None else {"label_columns": list(map(str, columns))}),
         }
-        self._answer_by(Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length), kind)
+        predictor = Predictor(base, ADAPTER, fitted.labels, rows.multi, self.max_length)
+        self._answer_by(predictor, kind, fitted.adapter.info.get("label_columns"))
         self.history_ = fitted.history
         return self
 
-    def _answer_by(self, predictor: Predictor, kind: Any) -> None:
-        self._predictor = predictor
-        classes = _restored(predictor.labels, kind)
-        self._order = np.argsort(classes, kind="stable")  # the head's labels are in the order of their names
-        self.classes_ = classes[self._order]
+    def _answer_by(self, predictor: Predictor, kind: Any, columns: Any = None) -> None:
+        labels = predictor.labels
+        self._predictor, self._matrix = predictor, isinstance(columns, list) and set(labels) <= set(map(str, columns))
+        if self._matrix:
+            self.classes_ = _restored(columns, kind)
+            self._order = np.array([labels.index(name) if name in labels else -1 for name in columns])
+        else:  # the head's labels are in the order of their names
+            classes = _restored(labels, kind)
+            self._order = np.argsort(classes, kind="stable")
+            self.classes_ = classes[self._order]
         self.n_features_in_ = 1
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """Probability of every label of ``classes_``, (texts, labels)."""
+        """Probability of every label of ``classes_``, (texts, labels); 0 for columns that training never saw a 1 in."""
         check_is_fitted(self, "classes_")
-        return self._predictor.probabilities(_checked(texts))[:, self._order]
+        found = self._predictor.probabilities(_checked(texts))
+        return np.pad(found, ((0, 0), (0, 1)))[:, self._order]  # the last column is what -1 means
 
     def predict(self, texts: Sequence[str]) -> Any:
-        """The most probable label of every text; in multi-label mode, a list of those at least half probable.
+        """The most probable label of every text; in multi-label mode, those at least half probable.
 
         Always a label of ``classes_``, as scikit-learn wants it: a threshold of ``infuse calibrate`` plays no part.
         """
         decided = decide(self.predict_proba(texts), self._predictor.multi)
-        if self._predictor.multi:
-            return [list(self.classes_[row.astype(bool)]) for row in decided]
-        return self.classes_[decided]
+        if not self._predictor.multi:
+            return self.classes_[decided]
+        return decided if self._matrix else [list(self.classes_[row.astype(bool)]) for row in decided]
 
     def score(self, X: Sequence[str], y: Sequence[Any], sample_weight: Any = None) -> float:  # noqa: N803  # scikit-learn's name
         """Accuracy; in multi-label mode, the share of texts whose whole label set is right."""
         check_is_fitted(self, "classes_")
-        rows, kind = _rows(X, y)
+        columns, y = _columns(y)
+        if self._matrix and list(map(str, columns or ())) != list(map(str, self.classes_)):
+            raise InfuseError(f"Give an indicator matrix with the columns of training: {listed(self.classes_)}.")
+        rows, kind = _rows(X, y, columns)
         if rows.multi != self._predictor.multi:
             what = "a list of labels" if self._predictor.multi else "one label"
             raise InfuseError(f"Give {what} per text, as in training.")
-        if (kind == "str") != (self.classes_.dtype.kind == "U"):
+        if rows.counts and (kind == "str") != (self.classes_.dtype.kind == "U"):
             raise InfuseError(
                 f"The classifier's labels are such as {self.classes_.tolist()[0]!r}: give labels like them."
             )
-        predicted = self.predict(rows.texts)
-        if self._predictor.multi:
-            right = [set(map(str, p)) == set(t) for p, t in zip(predicted, rows.label_sets(), strict=True)]
+        decided = decide(self.predict_proba(rows.texts), rows.multi)
+        if rows.multi:
+            named = (set(map(str, self.classes_[row.astype(bool)])) for row in decided)
+            right = [given == set(labels) for given, labels in zip(named, rows.label_sets(), strict=True)]
         else:
-            right = predicted == _restored([*map(str, rows.labels or ())], kind)
+            right = self.classes_[decided] == _restored([*map(str, rows.labels or ())], kind)
         try:
             return float(np.average(right, weights=sample_weight))
         except (TypeError, ValueError, ZeroDivisionError):
@@ -164,7 +179,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         model = predictor.base.model
         adapter, head = store_of(model)[ADAPTER], head_of(model, ADAPTER).kind
         model = cls(predictor.base.name, spelled(adapter.method), head=head, max_length=predictor.max_length)
-        model._answer_by(predictor, adapter.info.get("label_type", "str"))
+        model._answer_by(predictor, adapter.info.get("label_type", "str"), adapter.info.get("label_columns"))
         model.history_ = []
         return model
 
@@ -187,19 +202,34 @@ _KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _rows(texts: Sequence[str], labels: Sequence[Any]) -> tuple[Rows, str]:
-    """Rows with labels as strings, and the kind that makes them what they were again."""
+def _columns(labels: Any) -> tuple[list[Any] | None, Any]:
+    """The columns of an indicator matrix, and its rows as lists of labels; None, and the labels, of anything else."""
+    shape = getattr(labels, "shape", ())
+    if len(shape) != 2 or shape[1] < 2:
+        return None, labels
+    columns = list(getattr(labels, "columns", range(shape[1])))
+    matrix = labels.toarray() if hasattr(labels, "toarray") else np.asarray(labels)
+    if not np.isin(matrix, (0, 1)).all():
+        raise InfuseError(
+            "An array of labels with several columns has a 1 for each label of a text and 0 elsewhere, as "
+            "scikit-learn's MultiLabelBinarizer makes it; this one has other values."
+        )
+    return columns, [[name for name, one in zip(columns, row, strict=True) if one] for row in matrix]
+
+
+def _rows(texts: Sequence[str], labels: Sequence[Any], columns: list[Any] | None = None) -> tuple[Rows, str]:
+    """Rows with labels as strings, and the kind that makes them (or the ``columns``) what they were again."""
     texts, labels = _checked(texts), _listed(labels, "labels, one per text (or of lists: several per text)")
     if len(texts) != len(labels):
         raise InfuseError(f"There are {len(texts)} texts but {len(labels)} labels: give one per text.")
     several = [isinstance(label, list | tuple | set) for label in labels]
     if (multi := any(several)) and not all(several):
         raise InfuseError("Some labels are lists and others are not: give every text a list, or none.")
-    each = [one for label in labels for one in (label if multi else (label,))]
+    each = [*(columns or ()), *(one for label in labels for one in (label if multi else (label,)))]
     if any(one is None or (isinstance(one, float | np.floating) and np.isnan(one)) for one in each):
         raise InfuseError("A label is None or NaN: give every text a label.")
     typed = _typed(each)
-    strings = map(str, typed)
+    strings = map(str, typed[len(columns or ()) :])
     given = (tuple(dict.fromkeys(islice(strings, len(label)))) for label in labels) if multi else strings
     rows = Rows(tuple(texts), tuple(given))  # type: ignore[arg-type]  # all of one kind
     check_rows(rows, "the data")

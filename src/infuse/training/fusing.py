@@ -64,7 +64,7 @@ def average_runs(config: AverageConfig, *, say: Say = lambda _: None) -> Path:
     else:
         say("the average has no head, since the runs' labels or heads differ: it serves to train on, not to predict")
     known = store_of(model)[names[0]].info  # of which the data, the metrics and the calibration are the run's alone
-    soup.info = {name: known[name] for name in ("run", "label_type") if name in known}
+    soup.info = {name: known[name] for name in ("run", "label_type", "label_columns") if name in known}
     soup.info["average"] = [str(run) for run in config.runs]
     return save(model, soup.name, config.out)
 
