@@ -346,7 +346,7 @@ def test_httpx_is_asked_for_by_the_client_alone(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.delitem(sys.modules, "infuse.client")
     monkeypatch.delattr(infuse, "client")
-    monkeypatch.delattr(infuse, "Client", raising=False)  # kept there since its first use
+    monkeypatch.delitem(vars(infuse), "Client", raising=False)  # kept there since its first use
     with pytest.raises(InfuseError, match=r"needs httpx.*pip install 'infuse\[client\]'"):
         _ = infuse.Client
     with pytest.raises(AttributeError, match="Cliant"):
