@@ -461,6 +461,7 @@ def test_loading_walks_no_other_adapter(tmp_path, monkeypatch, method):
     model = tiny("bert")
     infuse.attach(model, method, "a")
     infuse.save(model, "a", tmp_path / "a")
+    infuse.attach(model, method, "c")
     walk = Adapter.named_modules
 
     def named_modules(self, *args, **kwargs):
@@ -470,4 +471,4 @@ def test_loading_walks_no_other_adapter(tmp_path, monkeypatch, method):
     monkeypatch.setattr(Adapter, "named_modules", named_modules)
     infuse.load(model, tmp_path / "a", "b")
     infuse.detach(model, "b")
-    assert list(store_of(model).adapters) == ["a"]
+    assert list(store_of(model).adapters) == ["a", "c"]

@@ -28,6 +28,8 @@ from .combine import add as add
 from .combine import average as average
 from .combine import stack as stack
 from .errors import InfuseError as InfuseError
+from .merging import merge as merge
+from .merging import unmerge as unmerge
 from .method import Method as Method
 from .method import make as make
 from .method import register as register
@@ -41,10 +43,8 @@ from .model import activate as activate
 from .model import attach as attach
 from .model import detach as detach
 from .model import fuse as fuse
-from .model import merge as merge
 from .model import route as route
 from .model import summary as summary
-from .model import unmerge as unmerge
 from .recommending.recommend import recommend as recommend
 from .recommending.settings import RecommendConfig as RecommendConfig
 

@@ -3,7 +3,8 @@
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
-from infuse.method import Method, Params
+from infuse.method import Method, Params, settings
 from infuse.sites import Site
 
 
@@ -51,6 +52,7 @@ class Adapter(nn.Module):
         members: names of the adapters that a mixer mixes.
         kinds: site name → :class:`infuse.recipe.Kind` of those that run as one there.
         info: facts that travel with the adapter in its file (metrics, data, …), as JSON.
+        resting: of an adapter that is not to be trained now, which of its parameters get gradients otherwise.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Adapter(nn.Module):
         self.info: dict = {}
         self.members: tuple[str, ...] = ()
         self.kinds: dict[str, Any] = {}
+        self.resting: dict[str, bool] | None = None
         self._tensors: list[Tensor] = []
         self._seen: tuple[int, list[int]] = (-1, [])
         self._version = 0
@@ -114,6 +117,30 @@ class Adapter(nn.Module):
             self._seen = Delta.registered, now
         return self._version
 
+    def rest(self, resting: bool) -> None:
+        """Take the parameters' gradients away, or give them back as they were."""
+        if resting and self.resting is None:
+            self.resting = {name: p.requires_grad for name, p in self.named_parameters()}
+            self.requires_grad_(False)
+        elif not resting and self.resting is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(self.resting.get(name, parameter.requires_grad))
+            self.resting = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a file says about this adapter beside its tensors and its base, ready for JSON."""
+        methods = {site: self.method_at(s) for site, s in self.sites.items()}
+        return {
+            "name": self.name,
+            "method": settings(self.method),
+            "sites": list(self.sites),
+            "settings": {site: settings(method) for site, method in methods.items() if method != self.method},
+            "members": list(self.members),
+            "copies": [dotted(path) for path in self.copies],
+            "head": None if self.head is None else self.head.settings(),  # type: ignore[operator]  # a Head
+            "info": self.info,
+        }
+
     def copy_of(self, path: str) -> nn.Module | None:
         name = key(path)
         return self.copies[name] if name in self.copies else None  # noqa: SIM401  # ModuleDict has no get
@@ -127,6 +154,22 @@ class Adapter(nn.Module):
         return f"{self.name!r}, {self.method}"
 
 
+@contextmanager
+def fresh() -> Iterator[None]:
+    """New tensors within the block are ordinary ones: in float32, on the CPU, and fit to be trained.
+
+    A default dtype, a device context or ``inference_mode`` around the block does not reach them.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@fresh()
 def build(name: str, method: Method, sites: list[Site]) -> Adapter:
     """A fresh adapter of ``method`` at ``sites``, on the devices of their modules, in float32."""
     for site in sites:
@@ -136,6 +179,7 @@ def build(name: str, method: Method, sites: list[Site]) -> Adapter:
     return Adapter(name, method, sites, deltas, _on(method.shared(sites), device))
 
 
+@fresh()
 def copies(model: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
     """Path → trainable copy of a module of the base."""
     made = {}

@@ -1,4 +1,4 @@
-"""What the call of one module leaves for others in this thread: residuals, and mixing weights if somebody asks."""
+"""What the call of one module leaves for others: residuals, and mixing weights if somebody asks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from infuse.scopes import bind, innermost
 from infuse.sites import Site
 
 
 class _Left(local):
     def __init__(self) -> None:
-        self.weights: dict[str, list[Tensor]] | None = None
         self.residuals: dict[tuple[int, str], Tensor] = {}
 
 
 _LEFT = _Left()
+_WEIGHTS = object()
+"""What :mod:`infuse.scopes` binds the mixing weights of a block to."""
 
 
 def keep_residual(store: Any, path: str, value: Tensor) -> None:
@@ -42,7 +44,7 @@ def forget_residuals(store: Any) -> None:
 
 @contextmanager
 def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
-    """What a fusion attends to: calls within the block, in this thread, leave the weights of its members.
+    """What a fusion attends to: calls within the block leave the weights of its members.
 
     Route all rows to one fusion: the parts of mixed batches come one by one.
 
@@ -50,14 +52,13 @@ def mixing_weights() -> Iterator[dict[str, list[Tensor]]]:
         Name of the site → a tensor (rows, positions, members) per call, without gradient and 1 in sum over the members,
         which are in the order of the adapter's ``members``.
     """
-    outer, _LEFT.weights = _LEFT.weights, {}
-    try:
-        yield _LEFT.weights
-    finally:
-        _LEFT.weights = outer
+    weights: dict[str, list[Tensor]] = {}
+    with bind(_WEIGHTS, weights):
+        yield weights
 
 
 def note_weights(site: str, weights: Tensor) -> None:
     """Keep a mixer's weights if :func:`mixing_weights` listens."""
-    if _LEFT.weights is not None:
-        _LEFT.weights.setdefault(site, []).append(weights.detach())
+    noted: dict[str, list[Tensor]] | None = innermost(_WEIGHTS, None)
+    if noted is not None:
+        noted.setdefault(site, []).append(weights.detach())

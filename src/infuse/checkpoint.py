@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, copies, dotted, key
+from infuse.adapter import Adapter, Delta, copies, dotted, fresh, key
 from infuse.arch import Arch
+from infuse.checks import check_model
 from infuse.errors import InfuseError, listed
 from infuse.fingerprint import Base
 from infuse.formats import adapterhub, peft
@@ -43,8 +44,9 @@ from infuse.formats.bundle import (
 )  # fmt: skip
 from infuse.heads import Head
 from infuse.method import make, settings
-from infuse.model import attach_at, attach_mixer, check_name, detach, owner_of, store_in, store_of
+from infuse.model import attach_at, attach_mixer, check_name, detach, host_of
 from infuse.sites import Site, arch_of, find_sites, site_at
+from infuse.store import owner_of, store_in, store_of
 
 HEADER = "infuse"
 VERSION = 1
@@ -100,6 +102,7 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     return folder
 
 
+@fresh()
 def load(
     model: nn.Module,
     path: str | Path,
@@ -122,7 +125,7 @@ def load(
     """
     bundle = read(model, path, arch=arch, any_base=any_base)
     store = store_in(model)
-    have, active = (set(store.adapters), store.active) if store else (set(), None)
+    have, before = (set(store.adapters), store.choice()) if store else (set(), None)
     try:
         for member in bundle.members:
             folder = Path(path) / "members" / check_name(member)
@@ -135,14 +138,16 @@ def load(
         new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
         for each in reversed(new):  # a mixer before its members
             detach(model, each)
-        if store:
-            store.active = active
+        if store and before:
+            store.choose(before)
         raise
 
 
+@fresh()
 def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
     """What a folder holds, matched to a model's sites; the model is not touched."""
-    model, folder = owner_of(model), Path(path)
+    model, folder = host_of(model, arch), Path(path)
+    check_model(model)
     if (folder / HUB_FUSION).is_file() or adapterhub.tensors_path(folder, HUB_WEIGHTS).is_file():
         return _read_adapterhub(model, folder, _sites(model, arch))
     if not folder.is_dir():
@@ -160,10 +165,11 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
     return _sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
 
 
+@fresh()
 def read_content(model: nn.Module, content: bytes, where: Path) -> Bundle:
     """What the content of an Infuse file holds, matched to a model's sites; ``where`` names it in errors."""
     facts_of(content, where)
-    return _matched(owner_of(model), *parse_tensors(content, where), where)
+    return _matched(host_of(model), *parse_tensors(content, where), where)
 
 
 def _matched(
@@ -177,13 +183,14 @@ def _matched(
     return _sound(lambda: _read_native(model, sites, tensors, facts), where)
 
 
+@fresh()
 def attach_bundle(model: nn.Module, bundle: Bundle, name: str | None = None, *, arch: Arch | None = None) -> Adapter:
     """Attach what :func:`read` gave."""
     if bundle.members:
         bundle = replace(bundle, deltas=_mixable(model, bundle))
     adapter = _built(model, bundle, name or bundle.name)
     if bundle.members:
-        return attach_mixer(model, adapter, bundle.members)
+        return attach_mixer(model, adapter, bundle.members, trained=())
     return attach_at(model, adapter, arch=arch, trained=())
 
 
@@ -198,7 +205,7 @@ def _built(model: nn.Module, bundle: Bundle, name: str) -> Adapter:
     adapter.info = bundle.info
     if bundle.head is not None:
         adapter.head = bundle.head.to(device)
-    adapter.copies.update(copies(owner_of(model), bundle.copies))
+    adapter.copies.update(copies(host_of(model), bundle.copies))
     for path, state in bundle.copies.items():
         own = adapter.copies[key(path)]
         expected = own.state_dict()

@@ -5,7 +5,9 @@ from pathlib import Path
 from infuse.bases import load_base, write_plain
 from infuse.checkpoint import save
 from infuse.heads import Head, head_of
-from infuse.model import attach, merge, store_of
+from infuse.merging import merge
+from infuse.model import attach
+from infuse.store import store_of
 from infuse.training.folders import ADAPTER, MODEL, check_folder
 from infuse.training.predictor import open_run
 

@@ -204,7 +204,7 @@ def _cut(value: Any, rows: Tensor, count: int) -> Any:
 
 
 def _call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    dtype = next(module.parameters()).dtype
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)  # none: quantised
     own = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
     out = module(*own, **kwargs)
     # A norm hands on the trunk's dtype, which the next module needs; a head's logits keep their precision.

@@ -14,112 +14,14 @@ from torch import Tensor, nn
 
 from infuse.adapter import Adapter, build, check_copies, classification_head, copies, dotted, key
 from infuse.arch import Arch
-from infuse.banks import Banks
-from infuse.calls import forget_residuals
+from infuse.checks import check_method, check_model, check_trainable, sorting
 from infuse.errors import InfuseError, listed
-from infuse.fingerprint import Base
 from infuse.method import Method, Mixer, default_mixer, make, spelled
 from infuse.recipe import kinds
-from infuse.routing import Mixed, Route, current, levels, route_of, use
-from infuse.sites import Site, arch_of, find_sites, overlap, select, stack_layers, tied, within
-from infuse.taps import PerAdapter, Tap, carry_routes, drop_routes
-
-
-class Infused(nn.Module):
-    """The child module ``model.infuse``: all adapters of one model, its sites, and what is active or merged."""
-
-    def __init__(self, model: nn.Module, arch: Arch):
-        super().__init__()
-        self.adapters = nn.ModuleDict()
-        self.arch = arch
-        self.sites = find_sites(model, arch)
-        self.base = Base.of(model, arch)
-        self.active: str | None = None
-        self.merged: str | None = None
-        self.originals: list[tuple[nn.Parameter, Tensor]] = []
-        self.copied: set[str] = set()
-        self.taps: dict[str, Tap] = {}
-        self.banks = Banks()
-        self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        self.checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self.ends = [
-            model.register_forward_pre_hook(self.enter),
-            model.register_forward_hook(self.leave, always_call=True),
-        ]
-        self.split = [
-            PerAdapter(self, layer.get_submodule(path), names)
-            for stack in arch.stacks
-            for layer in stack_layers(model, stack).values()
-            for path, names in stack.shared_inputs.items()
-        ]
-
-    def __getitem__(self, name: str) -> Adapter:
-        if name not in self.adapters:
-            raise InfuseError(f"Unknown adapter {name!r}; the model has {listed(self.adapters)}.")
-        return self.adapters[name]  # type: ignore[return-value]  # an Adapter: nothing else is put there
-
-    def route(self) -> Route:
-        """The route of this call; ``None`` when there is nothing to do."""
-        route = current(self)
-        if self.merged is None:
-            return route
-        if route != self.merged:
-            raise InfuseError(f"Adapter {self.merged!r} is merged into the base; call infuse.unmerge(model) first.")
-        return None
-
-    def enter(self, module: nn.Module, args: tuple) -> None:
-        carry_routes(self, self.checkpointed)
-        if isinstance(route := current(self), Mixed):
-            route.renew()
-
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        forget_residuals(self)
-
-    def tap(self, model: nn.Module, path: str) -> Tap:
-        if path not in self.taps:
-            self.taps[path] = Tap(self, model.get_submodule(path), path)
-        return self.taps[path]
-
-    def retap(self, model: nn.Module) -> None:
-        """Hooks at exactly those modules where some adapter acts."""
-        for tap in self.taps.values():
-            tap.remove()
-        self.taps, self.copied = {}, set()
-        for adapter in self.adapters.values():
-            self.tap_for(model, adapter)
-
-    def tap_for(self, model: nn.Module, adapter: nn.Module) -> None:
-        """Hooks at the modules where one adapter acts, where there are none yet."""
-        assert isinstance(adapter, Adapter)
-        for site in adapter.sites.values():
-            self.tap(model, site.prefix + site.path).add(site)
-            if site.source and {"residual", "normed"} & adapter.kinds[site.name].recipe.needs:
-                self.tap(model, site.source).source = True
-        for name in adapter.copies:
-            path = dotted(name)
-            self.copied.add(path)
-            self.tap(model, path)
-
-
-def store_of(model: nn.Module) -> Infused:
-    """``model.infuse``, also through wrappers such as DistributedDataParallel or ``torch.compile``."""
-    if (store := store_in(model)) is None:
-        raise InfuseError("Nothing is attached to this model; call infuse.attach(model, method, name=...) first.")
-    return store
-
-
-def store_in(model: nn.Module) -> Infused | None:
-    """:func:`store_of`, or ``None`` if nothing is attached."""
-    store = getattr(owner_of(model), "infuse", None)
-    return store if isinstance(store, Infused) else None
-
-
-def owner_of(model: nn.Module) -> nn.Module:
-    """The module that :func:`attach` was called on, inside any wrappers; the model itself if there is none."""
-    for module in model.modules():
-        if isinstance(getattr(module, "infuse", None), Infused):
-            return module
-    return model
+from infuse.routing import use
+from infuse.sites import Site, arch_of, base_modules, find_sites, overlap, select, within
+from infuse.store import Infused, owner_of, store_in, store_of
+from infuse.taps import Sorted
 
 
 def attach(
@@ -152,9 +54,11 @@ def attach(
         raise InfuseError(
             f"{method.name} builds on trained adapters: call infuse.{method.maker}, or give another method."
         )
-    store = store_in(model)
-    sites = store.sites if store else find_sites(model, arch)
+    store, host = store_in(model), host_of(model, arch)
+    check_model(host)
+    sites = store.sites if store else find_sites(host, arch)
     chosen = select(sites, method.roles, layers)
+    check_method(method, chosen)
     if not chosen and (usual := getattr(type(method), "roles", ())):  # by default none: a method without deltas
         raise InfuseError(f"{type(method).__name__} needs a role to adapt; by default it takes {listed(usual)}.")
     return attach_at(model, build(name, method, chosen), arch=arch, trained=trained)
@@ -166,7 +70,8 @@ def attach_at(
     """Hang a built adapter into a model; all checks come before the first change."""
     name = adapter.name
     check_name(name)
-    outer, store, model = model, store_in(model), owner_of(model)
+    outer, store, model = model, store_in(model), host_of(model, arch)
+    check_model(model)
     if store and name in store.adapters:
         raise InfuseError(f"The model already has an adapter {name!r}; detach it or choose another name.")
     if store and store.merged is not None:
@@ -182,7 +87,12 @@ def attach_at(
     norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
     if trained is None:
         trained = classification_head(outer) or classification_head(model)
-    own = copies(model, [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None])
+    for site in adapter.sites.values():
+        check_method(adapter.method_at(site), [site])
+    paths = [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None]
+    modules = {path: module for path, module in base_modules(model) if path in paths}
+    check_trainable(modules | ({type(model).__name__: model} if adapter.method.unfreezes else {}))
+    own = copies(model, paths)
     arch = store.arch if store else arch or arch_of(model)
     check_copies(model, map(dotted, (*adapter.copies, *own)), arch)
     adapter.kinds = kinds(store.adapters if store else {}, adapter)  # type: ignore[arg-type]  # of adapters
@@ -195,8 +105,43 @@ def attach_at(
     adapter.train(model.training)
     store.adapters[name] = adapter
     store.tap_for(model, adapter)
-    store.active = name
+    store.activate(name)
+    keep_order(outer)
     return adapter
+
+
+def host_of(model: nn.Module, arch: Arch | None = None) -> nn.Module:
+    """Where a store hangs or would: inside containers, which run whatever children they have."""
+    host = owner_of(model)
+    while isinstance(host, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        if isinstance(host._modules.get("infuse"), Infused):
+            return host
+        inner = [child for child in host.children() if _adaptable(child, arch)]
+        if len(inner) != 1:
+            return host
+        host = inner[0] if isinstance(inner[0], nn.Sequential) else _transformer(inner[0])
+    return host
+
+
+def _transformer(model: nn.Module) -> nn.Module:
+    """The model of transformers in a module of sentence-transformers, whose files are those of that model."""
+    return getattr(model, "auto_model", None) or getattr(model, "model", None) or model
+
+
+def _adaptable(model: nn.Module, arch: Arch | None) -> bool:
+    try:
+        return bool(find_sites(model, arch))
+    except InfuseError:
+        return False
+
+
+def keep_order(model: nn.Module) -> None:
+    """Let methods of a model that sort its rows respect a route with an entry per row."""
+    store = store_of(model)
+    for module in (model, *model.children()):
+        name = sorting(module)
+        if name and not any(isinstance(w, Sorted) and w.refer() is module for w in store.wrapped):
+            store.wrapped.append(Sorted(store, module, name))
 
 
 def fuse(
@@ -206,6 +151,7 @@ def fuse(
     name: str | None = None,
     *,
     layers: str | Sequence[int] | None = None,
+    trained: Iterable[str] | None = None,
 ) -> Adapter:
     """Add a mixer over trained adapters (stage two of AdapterFusion), freeze its members, and make it the active one.
 
@@ -215,6 +161,7 @@ def fuse(
         method: ``Fusion(…)`` or what :func:`infuse.make` understands; by default the first of the registry's.
         name: the mixer's name; by default the members' names joined by commas.
         layers: as for :func:`attach`; the members act in these layers alone.
+        trained: as for :func:`attach`: by default the fusion trains its own copy of the model's classification head.
     Raises:
         InfuseError: an unknown member, fewer than two, a method that can't be mixed, trained LayerNorms, no site that
             all members adapt in the layers.
@@ -225,10 +172,12 @@ def fuse(
     sites = fusable_sites(model, members, layers)
     roles = dict.fromkeys(s.role.removeprefix("cross_") for s in sites)
     adapter = build(name or ",".join(members), replace(method, roles=tuple(roles)), sites)
-    return attach_mixer(model, adapter, members)
+    return attach_mixer(model, adapter, members, trained)
 
 
-def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> Adapter:
+def attach_mixer(
+    model: nn.Module, adapter: Adapter, members: Sequence[str], trained: Iterable[str] | None = None
+) -> Adapter:
     """Hang a built mixer into a model, and freeze its members."""
     store = store_of(model)
     adapter.members = tuple(members)
@@ -238,11 +187,7 @@ def attach_mixer(model: nn.Module, adapter: Adapter, members: Sequence[str]) -> 
             s.name for s in adapter.sites.values() if not (own.delta(s) and own.method_at(s).acts == "update")
         ]:
             raise InfuseError(f"Adapter {member!r} can't be mixed: it adds nothing at {listed(lacking, 3)}.")
-    attach_at(model, adapter, trained=())
-    if isinstance(adapter.method, Mixer):
-        for member in members:
-            store[member].requires_grad_(False)
-    return adapter
+    return attach_at(model, adapter, trained=trained)
 
 
 def fusable_sites(model: nn.Module, members: Sequence[str], layers: str | Sequence[int] | None = None) -> list[Site]:
@@ -284,13 +229,12 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         if isinstance(each, Adapter) and each.name not in names and (used := set(each.members) & set(names)):
             raise InfuseError(f"Adapter {each.name!r} mixes {listed(sorted(used))}; detach it first.")
     if store.merged in names:
-        unmerge(model)
+        store.unmerge(model)
     lonely = {place for each in names for place in store[each].places}
     for each in names:
         store.banks.forget(store[each])
         del store.adapters[each]
-        if store.active == each:
-            store.active = None
+    store.activate(None if store.active in names else store.active)
     for each in store.adapters.values():
         if not lonely:  # soon, where many adapters are alike
             break
@@ -300,81 +244,40 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if not store.adapters:
         for handle in store.ends:
             handle.remove()
-        for split in store.split:
-            split.remove()
-        drop_routes(store.checkpointed)
+        for wrapped in reversed(store.wrapped):
+            wrapped.remove()
         del model.infuse
         for each, parameter in model.named_parameters():
-            parameter.requires_grad_(store.trainable.get(each, parameter.requires_grad))
+            parameter.requires_grad_(store.flags.get(each, parameter.requires_grad))
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Choose the adapter that plain forward calls use; ``None`` is the bare base model."""
-    store = store_of(model)
-    store.active = None if name is None else store[name].name
+def activate(model: nn.Module, name: str | None, *, trainable: Iterable[str] | None = None) -> None:
+    """Choose the adapter that plain forward calls use; ``None`` is the bare base model.
+
+    The parameters of other adapters get no gradients from now on, so that optimizers, DistributedDataParallel and
+    Trainer see what is trained; members of a fusion stay frozen as long as the fusion is there.
+
+    Args:
+        trainable: the adapters that are to be trained, where it is not the active one alone.
+    """
+    store_of(model).activate(name, trainable)
 
 
 @contextmanager
 def route(model: nn.Module, names: str | Sequence[str | None] | None) -> Iterator[None]:
-    """Within the block, forward calls of this thread use these adapters.
+    """Within the block, forward calls use these adapters: those of its own coroutine, generator or thread, and of tasks
+    and threads that it starts. An argument ``route`` of the model's ``forward`` and ``generate`` does so for one call.
 
     Args:
         names: one adapter for all rows, or one entry per row of the batch; ``None`` is the bare base model.
     Raises:
-        InfuseError: an adapter is unknown; inside the block, the batch has another number of rows.
+        InfuseError: an adapter is unknown, or can't share a batch; inside the block, the batch has another number of
+            rows.
     """
     store = store_of(model)
-    chosen = route_of(names, store.adapters)  # type: ignore[arg-type]  # of adapters
-    levels(store.adapters, chosen)  # type: ignore[arg-type]  # of adapters; once here, not in every compiled call
-    with use(store, chosen):
+    keep_order(model)
+    with use(store, store.chosen(names)):
         yield
-
-
-def merge(model: nn.Module, name: str) -> None:
-    """Fold an adapter into the base weights, so that it costs nothing at inference; :func:`unmerge` undoes it exactly.
-
-    The originals of the changed weights are kept aside (as much memory again as these weights take).
-
-    Raises:
-        InfuseError: the method depends on the input, an adapter is merged already, or a weight is tied to another
-            module's, which would change too.
-    """
-    store = store_of(model)
-    outer, model = model, owner_of(model)
-    adapter = store[name]
-    if store.merged is not None:
-        raise InfuseError(f"Adapter {store.merged!r} is merged already; call infuse.unmerge(model) first.")
-    if not adapter.method.mergeable:
-        why = "its delta depends on the input, not on a weight" if adapter.sites else "it has no delta"
-        why = "it trained the base itself, which is whole already" if adapter.method.unfreezes else why
-        raise InfuseError(f"{adapter.method.name} can't be merged: {why}.")
-    changed = [site.module for site in adapter.sites.values()]
-    changed += [model.get_submodule(dotted(path)) for path in adapter.copies]
-    if pair := tied(outer.named_modules(memo={store}), changed):
-        raise InfuseError(
-            f"Adapter {name!r} can't be merged: {pair[0]} shares its weight with {pair[1]}, which would change too; "
-            "use the adapter unmerged, or give the two weights of their own before you attach it."
-        )
-    with torch.no_grad():
-        for site in adapter.sites.values():
-            weight, bias = _merged(adapter, site)
-            _write(store, site.module, "weight", site, weight.T if site.transposed else weight)
-            if bias is not None:
-                _write(store, site.module, "bias", site, bias)
-        for path, own in adapter.copies.items():
-            original = dict(model.get_submodule(dotted(path)).named_parameters())
-            for each, value in own.named_parameters():
-                _replace(store, original[each], value.detach().to(original[each].dtype))
-    store.merged = store.active = name
-
-
-def unmerge(model: nn.Module) -> None:
-    """Restore the base weights, bit for bit (cast or moved as the model was meanwhile); the adapter stays active."""
-    store = store_of(model)
-    for parameter, original in reversed(store.originals):
-        parameter.data = original.to(parameter.data)
-    store.originals = []
-    store.merged = None
 
 
 @dataclass(frozen=True)
@@ -436,28 +339,3 @@ def check_name(name: str) -> str:
     if not name or not all(c.isalnum() or c in "_-+, " for c in name) or hasattr(nn.ModuleDict(), name):
         raise InfuseError(f"{name!r} can't name an adapter: use letters, digits, '_', '-', '+', ',' and spaces.")
     return name
-
-
-def _merged(adapter: Adapter, site: Site) -> tuple[Tensor, Tensor | None]:
-    delta = adapter.delta(site)
-    assert delta is not None
-    p = {name: value.detach().float() for name, value in adapter.params(site).items()}
-    bias = None if site.bias is None else site.bias.detach().float()
-    return delta.method.merge(p, site.weight.detach().float(), bias, site.side)
-
-
-def _write(store: Infused, module: nn.Module, which: str, site: Site, value: Tensor) -> None:
-    parameter: Any = getattr(module, which)
-    new = parameter.data.clone()
-    if site.side == "input" or site.whole:
-        new.copy_(value)
-    elif which == "weight" and site.transposed:
-        new[:, site.start : site.stop] = value
-    else:
-        new[site.start : site.stop] = value
-    _replace(store, parameter, new)
-
-
-def _replace(store: Infused, parameter: nn.Parameter, new: Tensor) -> None:
-    store.originals.append((parameter, parameter.data))
-    parameter.data = new

@@ -10,6 +10,7 @@ from torch import Tensor
 from infuse.adapter import Adapter
 from infuse.banks import Banks
 from infuse.calls import note_weights
+from infuse.errors import InfuseError
 from infuse.method import Method, Mixer, Params
 from infuse.sites import Site
 
@@ -114,6 +115,12 @@ class Call:
     def rowwise(self, names: Collection[str], rows: slice | Tensor = slice(None)) -> dict[str, Tensor]:
         """The tensors asked for that have a row per text, of some rows or all."""
         every = isinstance(rows, slice) and rows == slice(None)
+
+        if self.residual is None and self.site.source and {"residual", "normed"} & set(names):
+            raise InfuseError(
+                f"The adapter at {self.site.name} needs the input of {self.site.source}, which this call has not run: "
+                "call, or checkpoint, whole layers."
+            )
 
         def own(value: Any) -> Tensor:
             return value if every else value[rows]

@@ -1,14 +1,13 @@
 """Routes: which adapter each row of a batch uses, and which rows run as one.
 
-The route belongs to the call: :func:`use` binds it to the current thread, and gradient checkpointing carries it
-into the recomputation. Without one, a model's ``active`` adapter serves plain calls.
+The route belongs to the call: :func:`use` binds it to the calls within a block, whatever runs them (see
+:mod:`infuse.scopes`). Without one, a model's ``active`` adapter serves plain calls.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from threading import local
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from infuse.adapter import Adapter
 from infuse.errors import InfuseError
 from infuse.method import Mixer
 from infuse.packing import current as current_packed
+from infuse.scopes import PerThread, bind, innermost
 from infuse.sites import Site
 
 TOKENS, RUNS = 32, 4
@@ -85,7 +85,7 @@ class Group:
 
 
 @dataclass(eq=False)
-class Mixed:
+class Mixed(PerThread):
     """A route with an entry per row; keeps its plan for each site until the next forward pass."""
 
     names: tuple[str | None, ...]
@@ -140,6 +140,16 @@ class Mixed:
                 alike.setdefault(signatures[name], (adapters[name], []))[1].append(row)
         self.alike = list(alike.values())
 
+    def copy(self) -> "Mixed":
+        """The same route, with plans of its own."""
+        return Mixed(self.names)
+
+    def repeat(self, count: int) -> None:
+        """Give every entry ``count`` rows, side by side."""
+        self.names = tuple(name for name in self.names for _ in range(count))
+        self.levels = None
+        self.renew()
+
     def renew(self) -> None:
         """Forget the plans: parameters may have changed since they were made."""
         self.plans.clear()
@@ -153,16 +163,6 @@ class Mixed:
 Route = str | Mixed | None
 
 
-class _Routes(local):
-    """The routes in force in this thread, innermost last (a ContextVar would break ``torch.compile``'s graph)."""
-
-    def __init__(self) -> None:  # not an attribute of the class: torch.compile would not see that a route hides it
-        self.stack: tuple[tuple[Any, Route], ...] = ()
-
-
-_ROUTES = _Routes()
-
-
 class Routed(Protocol):
     """What routing needs of the store of a model."""
 
@@ -171,21 +171,12 @@ class Routed(Protocol):
 
 def current(store: Routed) -> Route:
     """The route of this call: the innermost one in force for this model, else its active adapter."""
-    for owner, route in reversed(_ROUTES.stack):
-        if owner is store:
-            return route
-    return store.active
+    return innermost(store, store.active)
 
 
-@contextmanager
-def use(store: Routed, route: Route) -> Iterator[None]:
-    """Bind ``route`` to calls of this store's model within the block, in this thread only."""
-    outer = _ROUTES.stack
-    _ROUTES.stack = (*outer, (store, route))
-    try:
-        yield
-    finally:
-        _ROUTES.stack = outer
+def use(store: Routed, route: Route) -> AbstractContextManager[None]:
+    """Bind ``route`` to calls of this store's model within the block."""
+    return bind(store, route)
 
 
 def side_by_side(adapters: Mapping[str, Adapter], names: Sequence[str]) -> list[int]:

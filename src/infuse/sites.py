@@ -1,7 +1,7 @@
 """Roles and sites: which modules of one model carry the named activations of its layers."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -67,14 +67,20 @@ class Site:
     @property
     def weight(self) -> Float[Tensor, "out in"]:
         """The weight that computes the activation (output side) or consumes it (input side): a view."""
-        weight: Any = self.module.weight
+        weight: Any = _tensor(self.module.weight)
         weight = weight.T if self.transposed else weight
         return weight if self.side == "input" else weight[self.start : self.stop]
 
     @property
     def bias(self) -> Float[Tensor, " out"] | None:
-        bias: Any = getattr(self.module, "bias", None)
+        bias: Any = _tensor(getattr(self.module, "bias", None))
         return bias if bias is None or self.side == "input" else bias[self.start : self.stop]
+
+
+def _tensor(value: Any) -> Any:
+    """A parameter; modules of ``torch.ao.quantization`` have methods in their place."""
+    value = value() if callable(value) and not isinstance(value, Tensor) else value
+    return value.dequantize() if isinstance(value, Tensor) and value.is_quantized else value
 
 
 def find_sites(model: nn.Module, arch: Arch | None = None) -> list[Site]:
@@ -214,6 +220,11 @@ def arch_of(model: nn.Module) -> Arch:
 def model_type(module: nn.Module) -> str:
     """``config.model_type`` of a transformers model, or an empty string."""
     return getattr(getattr(module, "config", None), "model_type", "") or ""
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules by path; those of adapters, of which there may be thousands, aren't even walked."""
+    return model.named_modules(memo={store for m in (model, *model.children()) if (store := m._modules.get("infuse"))})
 
 
 def transformer_in(model: nn.Module) -> nn.Module:

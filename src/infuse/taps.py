@@ -1,14 +1,16 @@
 """Taps: the forward hooks through which adapters reach the base model, whose module tree stays as it is."""
 
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from infuse.arch import ARCHS
-from infuse.calls import forget_residuals, keep_residual, residual_at
+from infuse.calls import keep_residual, residual_at
 from infuse.errors import InfuseError
 from infuse.mixing import adapted, run_copies
 from infuse.recipe import Call
@@ -25,6 +27,11 @@ class Tap:
         self.source = False
         self.inputs: list[Site] = []
         self.outputs: list[Site] = []
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):  # which a swap of modules has copied
+            for key in [
+                k for k, hook in hooks.items() if getattr(getattr(hook, "__self__", None), "store", 0) is store
+            ]:
+                del hooks[key]
         self.handles = [
             module.register_forward_pre_hook(self.before, with_kwargs=True),
             module.register_forward_hook(self.after, with_kwargs=True),
@@ -40,20 +47,23 @@ class Tap:
         for handle in self.handles:
             handle.remove()
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> tuple | None:
+        """A pre-hook; a swap of modules may have copied it as one that gets no ``kwargs``."""
         if not (self.inputs or self.source) or (route := self.store.route()) is None:
             return None
         if self.source:
-            keep_residual(self.store, self.path, args[0] if args else kwargs["hidden_states"])
+            keep_residual(self.store, self.path, args[0] if args else (kwargs or {})["hidden_states"])
         if not self.inputs:
             return None
         h = args[0]
         alone = self.store.arch in ARCHS and not self.store.copied and _unwatched()
         for site in self.inputs:
             h = self._adapted(route, site, h, h, alone and site.role == "ffn_hidden")  # which nothing else reads there
-        return (h, *args[1:]), kwargs
+        return (h, *args[1:]) if kwargs is None else ((h, *args[1:]), kwargs)
 
-    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        """A hook, with ``kwargs`` and the output or, copied by a swap of modules, the output alone."""
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if (route := self.store.route()) is None:
             return None
         if self.path in self.store.copied:
@@ -87,7 +97,137 @@ def _unwatched() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-class PerAdapter:
+class Wrapped:
+    """A method of one module that is replaced as long as something is attached; copies and pickles take it along.
+
+    The module is referred to weakly: its memory is free with its last user's reference, not with a garbage collection.
+    """
+
+    def __init__(self, store: Any, module: nn.Module, name: str):
+        self.store = store
+        self.refer: Callable[[], Any] = weakref.ref(module)
+        self.name = name
+        self.before: Callable | None = vars(module).get(name)
+        self.__signature__ = inspect.signature(getattr(module, name))
+        self.__name__ = name
+        setattr(module, name, self)
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """What is replaced. (A bound method is what ``torch.compile`` would look up again, and find this.)"""
+        module = self.refer()
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return getattr(type(module), self.name)(module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        """As of a method: ``torch.export`` asks where it stands."""
+        return getattr(self.before or getattr(type(self.refer()), self.name), "__code__")  # noqa: B009  # no type has it
+
+    def remove(self) -> None:
+        """Put back what was there; what somebody else has wrapped around this since stays, and reaches through it."""
+        module = self.refer()
+        if vars(module).get(self.name) is not self:
+            return
+        if self.before is None:
+            delattr(module, self.name)
+        else:
+            setattr(module, self.name, self.before)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"refer": self.refer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, refer=weakref.ref(state["refer"]))
+
+
+_NONE: Any = object()
+
+
+class Routable(Wrapped):
+    """``forward`` or ``generate`` with one more argument: ``route``, as :func:`infuse.route` takes it."""
+
+    def __init__(self, store: Any, module: nn.Module, name: str):
+        super().__init__(store, module, name)
+        given = self.__signature__.parameters.values()
+        route = inspect.Parameter("route", inspect.Parameter.KEYWORD_ONLY, default=None)
+        rest = [p for p in given if p.kind is inspect.Parameter.VAR_KEYWORD]
+        self.__signature__ = self.__signature__.replace(parameters=[*(p for p in given if p not in rest), route, *rest])
+
+    def __call__(self, *args: Any, route: Any = _NONE, **kwargs: Any) -> Any:
+        if route is _NONE:
+            return self.run(*args, **kwargs)
+        with use(self.store, self.store.chosen(route)):
+            return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
+
+class Generate(Routable):
+    """``generate``: beams and returned samples of a row have its route, which is expanded as the inputs are."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        route = current(self.store)
+        if not isinstance(route, Mixed):
+            return self.inner(*args, **kwargs)
+        with use(self.store, route.copy()):
+            return self.inner(*args, **kwargs)
+
+
+class Sorted(Routable):
+    """A method that takes a list of texts and sorts it by length: a route with an entry per text takes turns."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        route = current(self.store)
+        given = self.__signature__.bind(*args, **kwargs)
+        texts = next(name for name in self.__signature__.parameters)
+        apart = given.arguments.get("pool") is not None or isinstance(given.arguments.get("device"), list | tuple)
+        if apart and route != self.store.active:
+            raise InfuseError(
+                f"{self.name} runs in processes of their own here, which know of no route: call infuse.activate before "
+                "they are started."
+            )
+        if not isinstance(route, Mixed):
+            return self.inner(*args, **kwargs)
+        texts = given.arguments[texts]
+        if isinstance(texts, str) or len(texts) != len(route.names):
+            count = 1 if isinstance(texts, str) else len(texts)
+            raise InfuseError(f"The route has {len(route.names)} entries, but {self.name} got {count} texts.")
+        return self._by_adapter(route, list(texts), given)
+
+    def _by_adapter(self, route: Mixed, texts: list[Any], given: inspect.BoundArguments) -> Any:
+        answers: list[Any] = [None] * len(texts)
+        first, part = next(iter(given.arguments)), None
+        for name in dict.fromkeys(route.names):
+            rows = [row for row, each in enumerate(route.names) if each == name]
+            given.arguments[first] = [texts[row] for row in rows]
+            with use(self.store, name):
+                part = self.inner(*given.args, **given.kwargs)
+            if isinstance(part, dict) or len(part) != len(rows):
+                raise InfuseError(f"{self.name} gives no answer per text here: route one adapter at a time.")
+            for row, answer in zip(rows, part, strict=True):
+                answers[row] = answer
+        if isinstance(part, Tensor):
+            return torch.stack(answers)
+        return np.stack(answers) if isinstance(part, np.ndarray) else answers
+
+
+class Expand(Wrapped):
+    """``_expand_inputs_for_generation``, through which ``generate`` repeats its inputs for beams and samples."""
+
+    def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        route = current(self.store)
+        inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if isinstance(route, Mixed) and isinstance(inputs, Tensor) and len(inputs) == len(route.names):
+            route.repeat(expand_size)
+        return self.inner(expand_size, *args, **kwargs)
+
+
+class PerAdapter(Wrapped):
     """Runs a module once per adapter of a mixed batch and puts the rows together again.
 
     For modules that feed a tensor without batch dimension through an adapted projection (DeBERTa's relative position
@@ -95,15 +235,9 @@ class PerAdapter:
     """
 
     def __init__(self, store: Any, module: nn.Module, batched: Sequence[str]):
-        self.store = store
-        self.module = module
+        super().__init__(store, module, "forward")
         self.batched = frozenset(batched)
-        self.inner: Callable = module.forward
-        self.parameters = tuple(inspect.signature(module.forward).parameters)
-        module.forward = self
-
-    def remove(self) -> None:
-        del self.module.forward
+        self.parameters = tuple(self.__signature__.parameters)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route = self.store.route()
@@ -124,44 +258,6 @@ class PerAdapter:
                 parts.append(self.inner(**own))
         order = torch.tensor([i for index in rows.values() for i in index], device=batch.device).argsort()
         return _joined(parts, order)
-
-
-class Carry:
-    """A model's checkpointing function that takes the route of the forward pass along into the recomputation."""
-
-    def __init__(self, store: Any, inner: Callable):
-        self.store = store
-        self.inner = inner
-
-    def __call__(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
-        route = current(self.store)
-
-        def within(*args: Any, **kwargs: Any) -> Any:
-            try:
-                with use(self.store, route):
-                    return run(*args, **kwargs)
-            finally:  # the recomputation ends within no forward pass of the model, and often by an exception
-                forget_residuals(self.store)
-
-        return self.inner(within, *args, **kwargs)
-
-
-def carry_routes(store: Any, layers: Sequence[nn.Module]) -> None:
-    """Wrap the checkpointing function of the layers that have gradient checkpointing switched on."""
-    for layer in layers:
-        inner = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(inner, Carry) and inner.store is not store:
-            inner = inner.inner
-        if inner is not None and not isinstance(inner, Carry):
-            layer._gradient_checkpointing_func = Carry(store, inner)  # type: ignore[assignment]  # not a module
-
-
-def drop_routes(layers: Sequence[nn.Module]) -> None:
-    """Undo :func:`carry_routes`."""
-    for layer in layers:
-        carry = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(carry, Carry):
-            layer._gradient_checkpointing_func = carry.inner  # type: ignore[assignment]  # not a module
 
 
 def _joined(parts: list[Any], order: Tensor) -> Any:

@@ -23,7 +23,9 @@ from infuse.data import Rows
 from infuse.errors import InfuseError
 from infuse.heads import apply, head_of
 from infuse.memory import bytes_saved
-from infuse.model import activate, attach, detach, fusable_sites, merge, route, store_of, unmerge
+from infuse.merging import merge, unmerge
+from infuse.model import activate, attach, detach, fusable_sites, route
+from infuse.store import store_of
 from infuse.texts import Tokens, pad
 from infuse.training.batches import Buckets, Collate, encode
 from infuse.training.engine import TextClassifier

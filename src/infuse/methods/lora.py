@@ -74,18 +74,18 @@ class LoRA(Method):
         return {**p, "gain": p["m"] / self._updated(p, weight).norm(dim=1).detach().to(p["m"].dtype)}
 
     def wants(self, function: str) -> frozenset[str]:
-        for_dora = {"update": {"h"}, "prepare": {"weight"}}.get(function, set())
+        for_dora = {"update": {"h", "weight", "bias"}, "prepare": {"weight"}}.get(function, set())
         return super().wants(function) - (frozenset() if self.dora else for_dora)
 
     def update(
-        self, p: Params, x: Float[Tensor, "*batch in"], weight: Float[Tensor, "out in"],
-        bias: Float[Tensor, " out"] | None, training: bool, h: Float[Tensor, "*batch out"] | None = None,
+        self, p: Params, x: Float[Tensor, "*batch in"], training: bool, weight: Float[Tensor, "out in"] | None = None,
+        bias: Float[Tensor, " out"] | None = None, h: Float[Tensor, "*batch out"] | None = None,
     ) -> Float[Tensor, "*batch out"]:  # fmt: skip
         dropped = F.dropout(x, self.dropout, training) if self.dropout else x
         update = low_rank(dropped, p["A"], p["B"], self.scale)
         if not self.dora:
             return update
-        assert h is not None
+        assert h is not None and weight is not None
         # With dropout the whole of V sees the dropped input in the magnitude's share, as PEFT computes it.
         base = F.linear(dropped, weight) if training and self.dropout else h if bias is None else h - bias
         return (p["gain"] - 1) * base + p["gain"] * update

@@ -13,8 +13,9 @@ from infuse.bases import BaseModel
 from infuse.comparing.costs import possible, twin
 from infuse.heads import Head
 from infuse.memory import Ledger, saved_for_backward
+from infuse.merging import merge
 from infuse.method import make
-from infuse.model import attach, detach, fusable_sites, merge, summary
+from infuse.model import attach, detach, fusable_sites, summary
 from infuse.texts import TOKENS
 from infuse.training.engine import TextClassifier
 from infuse.training.folders import ADAPTER

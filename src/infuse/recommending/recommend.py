@@ -14,7 +14,8 @@ from infuse.data import Splits, splits_of
 from infuse.errors import InfuseError
 from infuse.heads import Head
 from infuse.memory import resident
-from infuse.model import attach, detach, merge
+from infuse.merging import merge
+from infuse.model import attach, detach
 from infuse.precision import dtype_of, name_of
 from infuse.recommending.answer import Findings, Verdict, decide, train_config
 from infuse.recommending.arithmetic import Cost, Task, cost

@@ -5,14 +5,17 @@ Methods start at the identity or elsewhere; :func:`wake` moves their parameters 
 sees a delta that does something.
 """
 
+import asyncio
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import infuse
 from infuse.attention import choose
@@ -268,6 +271,66 @@ def checkpointing_changes_nothing(method: Method, make: Make) -> None:
         assert _checkpointing(model) == functions, "detached, the model still checkpoints for the adapters"
 
 
+def route_belongs_to_the_call(method: Method, make: Make) -> None:
+    """Coroutines, generators, threads, one call with an argument, and recomputation run under their own routes."""
+    model = _model(make).eval()
+    batch = inputs(model)
+    for seed, name in enumerate("ab"):
+        infuse.attach(model, method, name)
+        wake(model, name, seed)
+    infuse.activate(model, None)
+    with torch.no_grad():
+        expected = {name: output(model, batch, name) for name in ("a", "b", None)}
+
+    @torch.no_grad()
+    def check(name: str | None, **route: Any) -> None:
+        assert torch.equal(output(model, {**batch, **route}), expected[name]), f"not under {name}"
+
+    async def coroutine(name: str) -> None:
+        with infuse.route(model, name):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                check(name)
+
+    async def both() -> None:
+        await asyncio.gather(coroutine("a"), coroutine("b"))
+
+    def generator(name: str) -> Iterator[None]:
+        with infuse.route(model, name):
+            for _ in range(2):
+                yield check(name)
+
+    asyncio.run(both())
+    streams = [generator("a"), generator("b")]
+    for _ in range(2):
+        for stream in streams:
+            next(stream)
+            check(None)
+    with infuse.route(model, "a"), ThreadPoolExecutor(1) as pool:
+        pool.submit(check, "a").result()
+        check("b", route="b")
+    check(None)
+    _recomputes(model, batch)
+
+
+def _recomputes(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Gradients through a checkpoint of one's own are those of the route of its forward pass."""
+    parameters = list(store_of(model)["a"].parameters())
+    found = []
+    for reentrant in (None, False, True):
+        infuse.activate(model, "b")
+        start = torch.zeros((), requires_grad=True)
+        with infuse.route(model, "a"):
+            whole = lambda zero: output(model, batch) + zero  # noqa: E731  # as one writes it there
+            out = whole(start) if reentrant is None else checkpoint(whole, start, use_reentrant=reentrant)
+        out.square().mean().backward()
+        found.append([p.grad for p in parameters])
+        model.zero_grad()
+    for plain, *others in zip(*found, strict=True):
+        for other in others:
+            close(other, plain)
+
+
 CHECKS: list[Callable[[Method, Make], None]] = [
     starts_at_identity,
     every_delta_matters,
@@ -280,6 +343,7 @@ CHECKS: list[Callable[[Method, Make], None]] = [
     overfits,
     survives_deepcopy,
     checkpointing_changes_nothing,
+    route_belongs_to_the_call,
 ]
 """The laws, each a function of a method and an architecture."""
 
