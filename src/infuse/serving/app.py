@@ -119,12 +119,13 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     )  # fmt: skip
     async def load(name: str, request: Request) -> Response:
         """Load or reload an adapter from the folder; with a body, an adapter_model.safetensors, install that first."""
-        if not valid(name):
-            raise RefusedError(
-                422, f"{name[:100]!r} can't name an adapter: use letters, digits, spaces and _ - + , . in it."
-            )
         content = await request.body()
         with _noted("install" if content else "load", request, name, bytes=len(content)) as facts:
+            if not valid(name):
+                named = repr(name[:100])
+                raise RefusedError(
+                    422, f"{named} can't name an adapter: use letters, digits, spaces and _ - + , . in it."
+                )
             entry = await (engine.store.install(name, content) if content else engine.store.load(name))
             facts["version"] = entry.facts and entry.facts.version
         return JSONResponse(_listed(entry))
