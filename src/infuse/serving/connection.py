@@ -28,6 +28,7 @@ class Connection(HttpToolsProtocol):
     """Seconds in which a request's head must come, and in which a client must go on reading its answers."""
     limit = 500
     """Connections of the server."""
+    parser: httptools.HttpRequestParser
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
