@@ -33,7 +33,9 @@ class Case:
         pieces: sent one after the other.
         statuses: of every answer.
         due: how many answers must come at least.
-        then: after sending, read the answers; shut the sending side first; or reset the connection.
+        most: how many may come at most.
+        then: after sending, read the answers; shut the sending side first; or reset the connection; deaf ones never
+            read, and reset it once the server takes no more.
         pause: seconds between pieces.
         told: the answer's JSON, where it is known.
     """
@@ -42,7 +44,8 @@ class Case:
     pieces: list[bytes]
     statuses: frozenset[int] = ANY
     due: int = 1
-    then: Literal["read", "shut", "reset"] = "read"
+    most: int = 10**6
+    then: Literal["read", "shut", "reset", "deaf"] = "read"
     pause: float = 0.0
     told: Any = None
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 from running import TOKEN, Inside, Running, parse, read, request, until
 from serving import fill
+from unsound import CHUNKED, HIDDEN, HOST, JSON, UNSOUND, UPGRADES, head
 
 from infuse.bases import load_base
 from infuse.serving.connection import HEAD, HEADERS
 
-HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
-"""A body that would be a request, if it were read as one."""
 ANSWERED = 'infuse_requests_total{route="other",status="404"}'
 """Counts it."""
 
@@ -42,27 +41,14 @@ def running(shelf, tiny_base):
         yield server
 
 
-def head(*lines: str, method: str = "POST", path: str = "/v1/classify", version: str = "1.1") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/{version}", *lines]).encode("latin-1") + b"\r\n\r\n"
-
-
 def right(shelf) -> bytes:
     return json.dumps({"adapter": shelf[1][0], "texts": ["hello"]}).encode()
-
-
-HOST, JSON = "Host: localhost", "Content-Type: application/json"
 
 
 # Upgrades: there is no other protocol
 
 
-@pytest.mark.parametrize(
-    "lines",
-    [("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk"),
-     ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: eA=="),
-     ("Connection: upgrade",), ("Upgrade: h2c",), ("UPGRADE:h2c", "connection:UPGRADE"), ("Connection: upgrade, close",
-     "Upgrade: foo/1")],
-)  # fmt: skip
+@pytest.mark.parametrize("lines", UPGRADES)
 @pytest.mark.parametrize("apart", [False, True])
 def test_an_upgrade_is_ignored_and_its_request_is_answered(server, shelf, lines, apart):
     """Whether its body comes with the head or after it; what follows is the next request."""
@@ -84,35 +70,12 @@ def test_the_body_of_an_upgrade_is_never_a_request(server):
     raw = head(HOST, JSON, "Connection: upgrade", "Upgrade: h2c", f"Content-Length: {len(HIDDEN)}") + HIDDEN
     assert [each.status for each in server.send(raw + request("GET", "/healthz"))] == [400, 200]
     chunk = b"%x\r\n%b\r\n0\r\n\r\n" % (len(HIDDEN), HIDDEN)
-    raw = head(HOST, JSON, "Connection: upgrade", "Upgrade: websocket", "Transfer-Encoding: chunked") + chunk
+    raw = head(HOST, JSON, "Connection: upgrade", "Upgrade: websocket", CHUNKED) + chunk
     assert [each.status for each in server.send(raw + request("GET", "/healthz"))] == [400, 200]
     assert server.metric(ANSWERED) == before
 
 
 # Framing: a request whose end is not certain ends its connection
-
-
-CHUNKED = "Transfer-Encoding: chunked"
-LENGTHS = ["4, 4", "-1", "+4", "0x4", "4 4", "", "1e3", str(2**64), "4;a", "4_0", "٤"]
-CODINGS = ["gzip", "chunked, gzip", "gzip, chunked", "xchunked", "chunked;a=b", "\x0bchunked", "identity", ""]
-UNSOUND = [
-    *(head(HOST, JSON, f"Content-Length: {length}".encode().decode("latin-1")) for length in LENGTHS),
-    *(head(HOST, JSON, f"Transfer-Encoding: {coding}") + b"0\r\n\r\n" for coding in CODINGS),
-    *(head(HOST, JSON, *lines) + b"0\r\n\r\n" for lines in [
-        ("Content-Length: 4", CHUNKED), (CHUNKED, "Content-Length: 4"), (CHUNKED, CHUNKED),
-        ("Content-Length: 0", "Content-Length: 5"), ("Content-Length: 4", "Content-Length: 4"),
-        ("Content-Length : 0",), ("Transfer-Encoding : chunked",), ("X: a\r\n Content-Length: 5",), ("X: a", " b: c"),
-        ("Host: localhost",), ("X\x00: a",), ("X: \x00",), ("X y: a",), (": a",), ("no colon",), ("X: a\rY: b",),
-    ]),
-    *(head(HOST, JSON, CHUNKED) + chunk for chunk in [
-        b"5\r\nabcdeXX", b"zz\r\n", b"-1\r\n", b"1" * 17 + b"\r\n", b"0x5\r\nabcde\r\n", b"5 \r\nabcde\r\n",
-        b"1\r\na\r\n0\r\nContent-Length: 5\r\n\r\n", b"1\na\n0\n\n", b"\r\n\r\n",
-    ]),
-    *(head(HOST, "Content-Length: 0", version=version) for version in ("2.0", "1.2", "3.0", "1", "11.1", "1.1 x")),
-    head(JSON, "Content-Length: 0"), head(HOST, JSON, CHUNKED, version="1.0") + b"0\r\n\r\n",
-    head(HOST, method="CONNECT", path="localhost:80"),
-    b"GET /healthz HTTP/1.1\nHost: localhost\n\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\0" * 50,
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("raw", UNSOUND)
@@ -185,9 +148,9 @@ def test_heads_and_what_frames_a_body_are_limited(server):
     )
     for raw in (
         head(HOST, *many), head(HOST, "X: " + "x" * HEAD), head(HOST, path="/" + "x" * HEAD), b"GET /" + b"x" * HEAD,
-        b"\r\n" * HEAD, head(HOST, JSON, "Transfer-Encoding: chunked") + b"1;" + b"x" * HEAD,
-        head(HOST, JSON, "Transfer-Encoding: chunked") + b"0\r\nX: " + b"x" * HEAD,
-        head(HOST, JSON, "Transfer-Encoding: chunked") + b"0\r\n" + b"a: b\r\n" * HEAD,
+        b"\r\n" * HEAD, head(HOST, JSON, CHUNKED) + b"1;" + b"x" * HEAD,
+        head(HOST, JSON, CHUNKED) + b"0\r\nX: " + b"x" * HEAD,
+        head(HOST, JSON, CHUNKED) + b"0\r\n" + b"a: b\r\n" * HEAD,
     ):  # fmt: skip
         with server.connect() as connection:
             with suppress(ConnectionError):
@@ -350,5 +313,5 @@ def test_half_closed_and_reset_connections_leave_nothing_behind(server, shelf):
 
 
 def test_a_token_in_a_trailer_is_none(server):
-    raw = head(HOST, "Transfer-Encoding: chunked", "Connection: close", path="/v1/adapters/x") + b"1\r\nx\r\n0\r\n"
+    raw = head(HOST, CHUNKED, "Connection: close", path="/v1/adapters/x") + b"1\r\nx\r\n0\r\n"
     assert server.send(raw + f"Authorization: Bearer {TOKEN}\r\n\r\n".encode())[0].status == 401
