@@ -15,7 +15,6 @@ from test_files import WEIGHTS, rewrite
 
 from infuse import InfuseError
 from infuse.bases import load_base
-from infuse.formats.bundle import sweep
 from infuse.serving import files
 from infuse.serving import look as look_module
 from infuse.serving.engine import open_model
@@ -246,43 +245,6 @@ def test_a_server_whose_files_hang_ends(folder, base, shelf, monkeypatch):
 
 
 # What a killed server leaves
-
-
-def test_what_a_killed_writer_left_is_removed_and_nothing_else(folder, base, shelf):
-    old = folder / ".infuse-banking-abcdefgh", folder / shelf[1][0] / ".infuse-adapter-12345678"
-    others = folder / ".infuse-notes-abcdefgh", folder / ".banking-20261130", folder / ".infuse-x"
-    for path in (*old, *others):
-        path.mkdir()
-        (path / WEIGHTS).write_bytes(b"half")
-    (others[0] / "notes.txt").write_text("mine")
-    for path in (*old, *others):
-        os.utime(path, (1, 1))
-    with Inside(folder, base, watch=0) as server:
-        assert server.classify(shelf[1][0], "a").status == 200
-    assert not any(path.exists() for path in old) and all(path.exists() for path in others)
-
-
-def test_what_is_being_written_stays(tmp_path, monkeypatch):
-    from infuse.formats import bundle
-
-    begun, go, real = threading.Event(), threading.Event(), os.fsync
-
-    def slow(file):
-        begun.set()
-        assert go.wait(60)
-        return real(file)
-
-    monkeypatch.setattr(bundle.os, "fsync", slow)
-    writing = threading.Thread(target=bundle.write_folder, args=(tmp_path / "x", {WEIGHTS: b"whole"}))
-    writing.start()
-    begun.wait(60)
-    (staging,) = tmp_path.iterdir()
-    os.utime(staging, (1, 1))
-    sweep(tmp_path)
-    assert staging.exists()
-    go.set()
-    writing.join()
-    assert (tmp_path / "x" / WEIGHTS).read_bytes() == b"whole" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_server_that_is_killed_leaves_no_temporary_files(shelf, tiny_base, tmp_path, monkeypatch):

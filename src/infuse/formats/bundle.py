@@ -5,16 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as from_safetensors
@@ -146,8 +141,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists() and not folder.is_dir():
         raise InfuseError(f"{folder} is a file; give the path of a folder to save the adapter in.")
-    staging = Path(tempfile.mkdtemp(prefix=f".infuse-{folder.name}-", dir=folder.parent))
-    lock = _lock(staging)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for name, content in files.items():
             with open(staging / name, "wb") as file:
@@ -166,37 +160,6 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True
         os.replace(staging / last, folder / last)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what writers of :func:`write_folder` that were killed have left in a folder; not what one still writes."""
-    for path in folder.glob(".infuse-*-????????"):
-        try:
-            if path.is_symlink() or not path.is_dir() or {each.name for each in path.iterdir()} - FILES:
-                continue
-            if time.time() - path.stat().st_mtime < 1 or (lock := _lock(path)) is None:
-                continue  # one that has just been made is not locked yet
-            try:
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
-        except OSError:  # gone, or somebody else's
-            continue
-
-
-def _lock(folder: Path) -> int | None:
-    """A lock on a folder, which ends with the process; None where there are none, or another process has it."""
-    if fcntl is None:
-        return None
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        return None
-    return held
 
 
 def roles_of(sites: Iterable[Site]) -> tuple[str, ...]:

@@ -60,7 +60,6 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await engine.store.sweep()
         await engine.store.refresh()
         watching = asyncio.create_task(engine.watch())
         yield

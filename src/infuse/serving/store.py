@@ -5,7 +5,6 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from infuse.errors import InfuseError
-from infuse.formats.bundle import CONFIG, WEIGHTS, sweep, write_folder
+from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
 from infuse.heads import Head
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
@@ -125,12 +124,6 @@ class Store:
         if served.retired and not served.users:
             self._detach(served)
         self._make_room()
-
-    async def sweep(self) -> None:
-        """Remove what a server that was killed has left in the folder."""
-        with suppress(OSError, TimeoutError):
-            async with asyncio.timeout(PATIENCE):
-                await apart(lambda: [sweep(each) for each in (self.root, *self.root.iterdir())])
 
     async def refresh(self) -> None:
         """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
