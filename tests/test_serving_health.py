@@ -184,7 +184,7 @@ def hanging(monkeypatch, *names):
         return real(folder)
 
     monkeypatch.setattr(files, "stamp", stamp)
-    monkeypatch.setattr(look_module, "PATIENCE", 0.2)
+    monkeypatch.setattr(look_module, "PATIENCE", 0.5)
     try:
         yield go
     finally:
@@ -202,9 +202,10 @@ def test_a_folder_that_hangs_holds_up_no_other(folder, base, shelf, monkeypatch)
         until(lambda: "zed" in listed())
         told = listed()
         assert "did not answer" in told["new"]["error"] and "did not answer" in told[second]["error"]
-        assert server.classify(third, "a").status == server.classify("zed", "a").status == 200
         assert server.classify("new", "a").status == 409
-        assert sum(thread.name == "infuse-look" for thread in threading.enumerate()) <= 4
+        for name in (third, "zed"):  # on a slow machine, they too may have been taken for stuck for a moment
+            until(lambda name=name: server.classify(name, "a").status == 200)
+        until(lambda: sum(thread.name == "infuse-look" for thread in threading.enumerate()) <= 4)
         go.set()
         until(lambda: not server.engine.store.stuck)
         until(lambda: listed()["new"]["error"] is None and listed()[second]["error"] is None)
@@ -216,7 +217,7 @@ def test_a_start_over_a_folder_that_hangs(folder, base, shelf, monkeypatch):
         model = open_model(ServeConfig(folder))
         assert model.about.name == base.name and model.close()
         with Inside(folder, base, watch=0) as server:
-            assert server.classify(shelf[1][1], "a").status == 200
+            until(lambda: server.classify(shelf[1][1], "a").status == 200)
 
 
 def test_sigterm_ends_a_server_whatever_its_folder_does(folder, tiny_base, shelf, tmp_path):

@@ -57,9 +57,10 @@ def framing(draw: random.Random, known: list[Known]) -> Case:
 def upgrades(draw: random.Random, known: list[Known]) -> Case:
     one, lines = draw.choice(known), draw.choice(UPGRADES)
     body = json.dumps({"adapter": one.adapter, "texts": one.texts, "top_k": 3}).encode()
-    raw = head(HOST, JSON, f"Content-Length: {len(body)}", *lines), body, request("GET", "/healthz")
-    count = 2 - any("close" in line for line in lines)
-    return Case("upgrade", [*raw], OK, due=count, most=count, told=one.answer, pause=draw.choice([0, 0.002]))
+    # Who sends on after asking to close may have its connection reset, and lose the answer by that.
+    after = [] if any("close" in line for line in lines) else [request("GET", "/healthz")]
+    raw, count = [head(HOST, JSON, f"Content-Length: {len(body)}", *lines), body, *after], 1 + len(after)
+    return Case("upgrade", raw, OK, due=count, most=count, told=one.answer, pause=draw.choice([0, 0.002]))
 
 
 @family(10)

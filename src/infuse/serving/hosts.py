@@ -13,7 +13,7 @@ class Hosts:
     """The hosts that requests may name.
 
     They are the loopback names, the address that the server listens on and ``allowed``. A server that listens on all
-    addresses can't know them: it also answers to any address in digits, which no name server can lead astray.
+    addresses can't know them: it also answers to any IP address, which no name server can lead astray.
 
     Args:
         bound: the address to listen on.

@@ -40,8 +40,7 @@ class ServeConfig(FromFile):
     port: int = 8000
     """The port to listen on; 0 takes a free one."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which clients reach the server, such as infuse.example.org; * for any. Always allowed are localhost and
-    the address of --host, and with --host 0.0.0.0 every address in digits."""
+    """More names of the server, * for any; localhost, the address of --host and, with 0.0.0.0, any IP address work."""
     connections: int = 500
     """Connections at the same time; for one more, the one that is idle longest is closed."""
     precision: Literal["trained", "auto", "fp32", "bf16"] = "trained"

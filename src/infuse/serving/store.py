@@ -103,7 +103,8 @@ class Store:
         Raises:
             RefusedError: there is no such adapter (404), or its file can't be used (409).
         """
-        if name in self.stuck and (name not in self.entries or self.entries[name].served is None):
+        stuck = self.stuck.get(name)
+        if stuck and not stuck.over.is_set() and (name not in self.entries or self.entries[name].served is None):
             raise refusals.unusable(name, HANGS)
         entry = self.entries.get(name) or await self._discover(name)
         entry.waiting += 1  # and so it isn't unloaded for another before its turn comes
