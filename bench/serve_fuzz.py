@@ -4,7 +4,7 @@
 
 Right requests run among the hostile ones, and their answers must stay those of their own adapters. At the end: answers
 by status, whatever must not have been (5xx, wrong answers, requests without an answer), whether the server is alive and
-answers as before, growth of its memory, open files, and how it stops under load.
+answers as before, growth of the memory of both processes, open files, and how it stops under load.
 """
 
 import argparse
@@ -30,6 +30,8 @@ from serving import fill
 
 METHODS = ["ia3", "lora", "houlsby", "pfeiffer", "parallel", "compacter:width=4", "fusion", "lora:dora=true"]
 TEXTS = ["my card was stolen on the train", "how do I repay the loan early?", "send me the statement for May"]
+GROWTH = 100
+"""MB by which either process may grow."""
 DEADLINE = 5.0  # the server's; a client waits three times as long before it calls that a hang
 
 
@@ -76,6 +78,9 @@ def run(where: Path, options: argparse.Namespace) -> dict[str, Any]:
         wrong += [f"{one.adapter} answers otherwise" for one, two in zip(known, now, strict=True)
                   if not close(one.answer, two.answer)]  # fmt: skip
         after = state(server)
+        most = [round(peak(pid) / 1024, 1) for pid in (server.process.pid, server.model)]
+        grown = [after["rss MB"][i] - before["rss MB"][i] for i in (0, 1)]
+        wrong += [f"memory grew by {grown} MB"] if max(grown) > GROWTH else []
         ended = asyncio.run(end_under_load(server, known))
         wrong += ended.pop("wrong")
         tracebacks = server.output.count("Traceback")
@@ -88,6 +93,7 @@ def run(where: Path, options: argparse.Namespace) -> dict[str, Any]:
         "statuses by the server's own count": after["statuses"],
         "before": {name: before[name] for name in ("rss MB", "files", "threads")},
         "after": {name: after[name] for name in ("rss MB", "files", "threads")},
+        "most": {"rss MB": most},
         "end": ended,
         "wrong": wrong,
     }  # fmt: skip
@@ -130,12 +136,18 @@ def state(server: Running) -> dict[str, Any]:
     both = [Path(f"/proc/{pid}") for pid in (server.process.pid, server.model)]
     lines = [dict(line.split(":", 1) for line in (p / "status").read_text().splitlines()) for p in both]
     return {
-        "rss MB": round(sum(int(each["VmRSS"].split()[0]) for each in lines) / 1024, 1),  # shared pages count twice
+        "rss MB": [round(int(each["VmRSS"].split()[0]) / 1024, 1) for each in lines],  # the server's, the model's
         "files": sum(len(list((process / "fd").iterdir())) for process in both),
         "threads": sum(int(each["Threads"]) for each in lines),
         "requests": requests(server),
         "statuses": dict(sorted(counted(server).items())),
     }
+
+
+def peak(pid: int) -> int:
+    """The most kB that a process has had in memory."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def aftermath(server: Running, where: Path, root: Path, names: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Send hostile cases to a server, many at a time, and judge what comes back."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import socket
@@ -10,10 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import unsound as unsound  # its families are among those that are drawn
 from hostile import Case, Known
 from running import Answer, Running, parse
 
-TEXT = ("text/plain", "text/html")
+DEAF = 1.0
+"""Seconds for which a client sends that reads nothing."""
 
 
 @dataclass
@@ -67,7 +70,7 @@ async def send_all(
 
     async def work() -> None:
         for case in todo:
-            if case.kind in ("slow", "too slow"):
+            if case.kind in ("slow", "too slow", "deaf"):
                 waiting.add(asyncio.create_task(apart(case)))
             else:
                 await one(case)
@@ -82,6 +85,15 @@ async def exchange(port: int, case: Case) -> list[Answer]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**24)
     raw = b""
     try:
+        if case.then == "deaf":
+            writer.transport.pause_reading()  # type: ignore[attr-defined]  # a transport of both directions
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(DEAF):
+                    for piece in case.pieces:
+                        writer.write(piece)
+                        await writer.drain()
+            _reset(writer)
+            return []
         reading = asyncio.create_task(reader.read(-1))
         try:
             for piece in case.pieces:
@@ -95,7 +107,7 @@ async def exchange(port: int, case: Case) -> list[Answer]:
             pass
         if case.then == "reset":
             reading.cancel()
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            _reset(writer)
             return []
         try:
             raw = await reading
@@ -106,9 +118,17 @@ async def exchange(port: int, case: Case) -> list[Answer]:
     return parse(raw)[0]
 
 
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Closing the connection will reset it."""
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
 def _fault(case: Case, answers: list[Answer]) -> str:
     if len(answers) < case.due:
         return f"{len(answers)} answers of {case.due}"
+    if len(answers) > case.most:
+        return f"{len(answers)} answers, and {case.most} at most are due"
     for each in answers:
         if each.status not in case.statuses:
             return f"status {each.status}"

@@ -33,7 +33,9 @@ class Case:
         pieces: sent one after the other.
         statuses: of every answer.
         due: how many answers must come at least.
-        then: after sending, read the answers; shut the sending side first; or reset the connection.
+        most: how many may come at most.
+        then: after sending, read the answers; shut the sending side first; or reset the connection; deaf ones never
+            read, and reset it once the server takes no more.
         pause: seconds between pieces.
         told: the answer's JSON, where it is known.
     """
@@ -42,7 +44,8 @@ class Case:
     pieces: list[bytes]
     statuses: frozenset[int] = ANY
     due: int = 1
-    then: Literal["read", "shut", "reset"] = "read"
+    most: int = 10**6
+    then: Literal["read", "shut", "reset", "deaf"] = "read"
     pause: float = 0.0
     told: Any = None
 
@@ -100,7 +103,7 @@ def right_chunks(draw: random.Random, known: list[Known]) -> Case:
     body = json.dumps({"adapter": one.adapter, "texts": one.texts, "top_k": 3}).encode()
     cuts = sorted(draw.sample(range(1, len(body)), 4))
     parts = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True)]
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
     return Case("chunks", [head + b"Transfer-Encoding: chunked\r\n\r\n", *chunks, b"0\r\n\r\n"], OK, told=one.answer)
 
@@ -129,7 +132,7 @@ def first_lines(draw: random.Random, known: list[Known]) -> Case:
                         "GET http://{}/ HTTP/1.1", "GET /healthz?{} HTTP/1.1",
                         "GET  /healthz{} HTTP/0.9"]).format(target)  # fmt: skip
     return Case(
-        "first line", [line.encode("latin-1") + b"\r\nHost: x\r\nConnection: close\r\n\r\n"], due=0, then="shut"
+        "first line", [line.encode("latin-1") + b"\r\nHost: localhost\r\nConnection: close\r\n\r\n"], due=0, then="shut"
     )
 
 
@@ -139,8 +142,10 @@ def other_protocols(draw: random.Random, known: list[Known]) -> Case:
         [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + draw.randbytes(200),
          request("GET", "/", headers={"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Key": "x"}),
          request("GET", "/", headers={"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c"}),
-         b"CONNECT example.org:443 HTTP/1.1\r\nHost: x\r\n\r\n", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
-         b"GET http://example.org/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", b"\r\n" * 500, b"\0" * 500]
+         b"CONNECT example.org:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+         b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+         b"GET http://example.org/healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+         b"\r\n" * 500, b"\0" * 500]
     )  # fmt: skip
     return Case("other protocol", [raw], due=0, then="shut")
 
@@ -175,7 +180,10 @@ def chunk_rubbish(draw: random.Random, known: list[Known]) -> Case:
         draw.randbytes(100),
     ]  # fmt: skip
     extra = draw.choice([b"", b"Content-Length: 5\r\n", b"Transfer-Encoding: gzip\r\n"])
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n" + extra
+    head = (
+        b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        + extra
+    )
     return Case("chunk rubbish", [head + b"Transfer-Encoding: chunked\r\n\r\n", draw.choice(parts)], due=0, then="shut")
 
 
@@ -195,7 +203,7 @@ def huge_bodies(draw: random.Random, known: list[Known]) -> Case:
     body = json.dumps(item(known, texts=["x" * 2**21])).encode()
     if draw.random() < 0.5:
         return Case("huge body", [classify(body)], frozenset({413}))
-    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
     chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in (body[: 2**20], body[2**20 :])]
     return Case("huge body", [head + b"Transfer-Encoding: chunked\r\n\r\n", *chunks, b"0\r\n\r\n"], frozenset({413}))
 
@@ -385,7 +393,7 @@ def reads(draw: random.Random, known: list[Known]) -> Case:
                         "/openapi.json"])  # fmt: skip
     odd = {"Range": "bytes=5-1", "If-None-Match": "*", "Accept": "text/x", "Accept-Encoding": "gzip;q=x",
     "Cookie": "\xff",
-           "Host": draw.choice(["", "a b", "\xff"]), "X-Forwarded-For": "x", "Forwarded": "for=[",
+           "X-Forwarded-For": "x", "Forwarded": "for=[",
            "Date": "x"}  # fmt: skip
     return Case(
         "reads", [request("GET", path + draw.choice(["", "?x", "?%ff=%", "?" + "a=b&" * 500]), headers=odd)], OK

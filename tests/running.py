@@ -54,7 +54,7 @@ def request(
     if not isinstance(body, bytes | str):
         body = json.dumps(body)
     content = body.encode() if isinstance(body, str) else body
-    fields = {"Host": "test"} | ({"Connection": "close"} if close else {})
+    fields = {"Host": "localhost"} | ({"Connection": "close"} if close else {})
     if content or method == "POST":
         fields |= {"Content-Type": "application/json", "Content-Length": str(len(content))}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in (fields | (headers or {})).items())]

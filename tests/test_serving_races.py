@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +136,8 @@ def test_an_adapter_that_returns_during_a_look_stays(made, monkeypatch):
         store = engine().store
         await store.refresh()
         entry = await store.load("x")
-        monkeypatch.setattr(store, "_look", lambda known: (set(), []))  # as if it had been away for a moment
+        away = SimpleNamespace(present=set(), changed=[])
+        monkeypatch.setattr(store_module, "look", lambda *_: away)  # as if it had been away for a moment
         await store.refresh()
         assert store.known("x") is entry and entry.status == "resident"
 

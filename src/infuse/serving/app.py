@@ -1,13 +1,10 @@
 """The HTTP face of an engine."""
 
 import asyncio
-import base64
-import hashlib
 import hmac
 import logging
-import re
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,11 +18,12 @@ from starlette.requests import ClientDisconnect
 
 import infuse
 from infuse.heads import answer
-from infuse.serving import schema
+from infuse.serving import docs, schema
 from infuse.serving.engine import Engine, Labelled
 from infuse.serving.files import Facts, valid
 from infuse.serving.guard import Guard
-from infuse.serving.refusals import RefusedError, stopping
+from infuse.serving.logs import event
+from infuse.serving.refusals import RefusedError, silent, stopping
 from infuse.serving.settings import TOKEN, ServeConfig
 from infuse.serving.store import Entry
 
@@ -63,22 +61,25 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await engine.store.refresh()
-        watching = asyncio.create_task(engine.watch()) if config.watch else None
+        watching = asyncio.create_task(engine.watch())
         yield
-        if watching is not None:
-            watching.cancel()
+        watching.cancel()
         # By now all requests are answered, or were refused when their time was over: nobody waits for what is left.
         if not await asyncio.to_thread(engine.batcher.drain, 1.0):
-            log.error("a forward pass was still running after %g s", config.drain)
+            log.error(event("late", error=f"a forward pass was still running after {config.drain:g} s"))
 
-    def admin(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
-        if token is None:
-            raise RefusedError(403, f"Loading and unloading are off; start the server with a token in {TOKEN}.")
-        if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
-            raise RefusedError(401, "This needs the admin's token, as Authorization: Bearer TOKEN.")
+    def admin(
+        name: str, request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    ) -> None:
+        with _noted("admin", request, name, done=False):
+            if token is None:
+                raise RefusedError(403, f"Loading and unloading are off; start the server with a token in {TOKEN}.")
+            if given is None or not hmac.compare_digest(given.credentials.encode(), token.encode()):
+                raise RefusedError(401, "This needs the admin's token, as Authorization: Bearer TOKEN.")
 
     app = FastAPI(
         title="Infuse", version=infuse.__version__, lifespan=lifespan, redirect_slashes=False,
+        docs_url=None, redoc_url=None,
         description="Labels texts by adapters of every method over one frozen base, in mixed batches.",
     )  # fmt: skip
     app.add_middleware(Guard, config=config, metrics=engine.metrics)
@@ -96,7 +97,8 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
         answered = await _unless_gone(request, engine.classify([(i.adapter, i.texts) for i in items]))
         told = [_told(each, item.top_k) for each, item in zip(answered, items, strict=True)]
         if config.log_texts:
-            log.info("%s", [(i.adapter, i.texts, t["answers"]) for i, t in zip(items, told, strict=True)])
+            for each, answers in zip(items, told, strict=True):
+                log.info(event("classified", **_sent(request), adapter=each.adapter, texts=each.texts, answers=answers))
         return JSONResponse(told if isinstance(body, list) else told[0])
 
     @app.get("/v1/adapters", response_model=schema.Adapters)
@@ -117,18 +119,23 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
     )  # fmt: skip
     async def load(name: str, request: Request) -> Response:
         """Load or reload an adapter from the folder; with a body, an adapter_model.safetensors, install that first."""
-        if not valid(name):
-            raise RefusedError(
-                422, f"{name[:100]!r} can't name an adapter: use letters, digits, spaces and _ - + , . in it."
-            )
         content = await request.body()
-        entry = await (engine.store.install(name, content) if content else engine.store.load(name))
+        with _noted("install" if content else "load", request, name, bytes=len(content)) as facts:
+            if not valid(name):
+                named = repr(name[:100])
+                raise RefusedError(
+                    422, f"{named} can't name an adapter: use letters, digits, spaces and _ - + , . in it."
+                )
+            entry = await (engine.store.install(name, content) if content else engine.store.load(name))
+            facts["version"] = entry.facts and entry.facts.version
         return JSONResponse(_listed(entry))
 
     @app.delete("/v1/adapters/{name}", response_model=schema.Adapter, responses=_ADMIN, dependencies=[Depends(admin)])
-    async def unload(name: str) -> Response:
+    async def unload(name: str, request: Request) -> Response:
         """Unload an adapter and stop serving it until the next POST; its files stay."""
-        return JSONResponse(_listed(engine.store.withdraw(name)))
+        with _noted("unload", request, name):
+            entry = engine.store.withdraw(name)
+        return JSONResponse(_listed(entry))
 
     @app.get("/healthz", response_model=schema.Status)
     async def healthz() -> Response:
@@ -137,9 +144,11 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
 
     @app.get("/readyz", response_model=schema.Status, responses={503: _REFUSED[503]})
     async def readyz() -> Response:
-        """Whether requests are answered."""
+        """Whether requests are answered: the server does not stop, and its model has not been silent for too long."""
         if engine.batcher.stopping or engine.batcher.ended:
             raise stopping()
+        if seconds := engine.silence():
+            raise silent(seconds)
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", response_class=Response)
@@ -149,9 +158,32 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        return HTMLResponse(_PAGE, headers=_PAGE_HEADERS)
+        return HTMLResponse(_PAGE, headers=docs.policy(_PAGE))
+
+    described = docs.page(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def description() -> Response:
+        return HTMLResponse(described, headers=docs.policy(described))
 
     return app
+
+
+def _sent(request: Request) -> dict[str, Any]:
+    return {"client": request.client and f"{request.client.host}:{request.client.port}"}
+
+
+@contextmanager
+def _noted(action: str, request: Request, name: str, done: bool = True, **facts: Any) -> Iterator[dict[str, Any]]:
+    """Log what an admin does (if it gets ``done`` here), or why it is refused."""
+    facts = {**_sent(request), "adapter": name[:200], **facts}
+    try:
+        yield facts
+    except RefusedError as refusal:
+        log.warning(event(action, **facts, method=request.method, status=refusal.status, error=str(refusal)))
+        raise
+    if done:
+        log.info(event(action, **facts, status=200))
 
 
 async def _unless_gone(request: Request, work: Awaitable[list[Labelled]]) -> list[Labelled]:
@@ -235,18 +267,3 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": "The server failed on this request; its log says why."}, 500)
-
-
-def _hashes(tag: str) -> str:
-    """Sources of a content security policy: the page's own inline elements and no others."""
-    inline = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", _PAGE, re.DOTALL)
-    digests = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in inline]
-    return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-
-
-_PAGE_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; script-src {_hashes('script')}; style-src {_hashes('style')}; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}

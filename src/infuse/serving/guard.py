@@ -8,16 +8,22 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from infuse.serving.hosts import Hosts
 from infuse.serving.metrics import Metrics
 from infuse.serving.refusals import stopping
 from infuse.serving.settings import ServeConfig
 
+_DROPPED = 2**24
+"""Bytes of a body that are read for no other reason than that its client sees the answer."""
+
 
 class Guard:
-    """ASGI middleware: 415 for what is no JSON, 413 for a body that is too large, 408 for one that comes too slowly."""
+    """ASGI middleware: 403 for a host that is not the server's, 415 for what is no JSON, 413 for a body that is too
+    large, 408 for one that comes too slowly."""
 
     def __init__(self, app: ASGIApp, config: ServeConfig, metrics: Metrics):
         self.app, self.config, self.metrics = app, config, metrics
+        self.hosts = Hosts(config.host, config.allowed_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -31,10 +37,16 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 await body.discard()
+                if not body.complete:
+                    message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
 
+        alien = self.hosts.refusal(scope["method"], dict(scope["headers"]))
         try:
-            await self.app(scope, body.receive, sent)
+            if alien is not None:
+                await JSONResponse({"error": str(alien)}, alien.status)(scope, body.receive, sent)
+            else:
+                await self.app(scope, body.receive, sent)
         except asyncio.CancelledError:
             if status:
                 raise
@@ -83,7 +95,8 @@ class Body:
     async def discard(self) -> None:
         """Read on to the end: a client that still sends when the connection is closed would not see the answer."""
         with suppress(HTTPException):
-            while not (self.complete or self.asks):
+            limit = self.received + _DROPPED
+            while not (self.complete or self.asks) and self.received < limit:
                 await self._next()
 
     async def _next(self) -> Message:

@@ -1,6 +1,5 @@
 """What a server counts, for Prometheus."""
 
-import logging
 from contextlib import suppress
 from typing import Any
 
@@ -12,8 +11,6 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 class Metrics:
     """Counters of one server, in a registry of its own."""
-
-    log = logging.getLogger("infuse.serving")
 
     def __init__(self) -> None:
         self.registry = own = CollectorRegistry()

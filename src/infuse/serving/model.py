@@ -2,13 +2,14 @@
 
 import gc
 import signal
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,8 @@ from infuse.serving import files, refusals
 from infuse.serving.files import File
 from infuse.sites import arch_of
 from infuse.texts import Tokens, pad
+
+_PULSE = 1.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class Model(Protocol):
         """Probabilities of the labels of its adapter for every row."""
         ...
 
+    def silence(self) -> float:
+        """Seconds for which it has owed an answer; 0 if it owes none. Called from any thread."""
+        ...
+
 
 class Here:
     """A model in this process."""
@@ -87,6 +94,12 @@ class Here:
                 rows[row] = values
         return rows
 
+    def silence(self) -> float:
+        return 0.0
+
+    def ping(self) -> None:
+        """Answered between two calls, which shows that the next one will be."""
+
 
 class Several:
     """Models in processes of their own, alike, each of which runs a pass at a time.
@@ -112,6 +125,7 @@ class Several:
         self.free: SimpleQueue[Apart] = SimpleQueue()
         for model in self.models:
             self.free.put(model)
+            Thread(target=model.watch, name="infuse-pulse", daemon=True).start()
 
     def attach(self, file: File, name: str) -> None:
         for done, model in enumerate(self.models):
@@ -135,6 +149,9 @@ class Several:
             return model.forward(tokens, names)
         finally:
             self.free.put(model)
+
+    def silence(self) -> float:
+        return max(model.silence() for model in self.models)
 
     def wait(self) -> None:
         """Return when one of the processes has ended."""
@@ -161,9 +178,10 @@ class Apart:
         context = get_context("spawn")  # a fork would copy the locks of torch's threads as they happen to be
         self.pipe, theirs = context.Pipe()
         self.lock = Lock()  # a question and its answer belong together
+        self.asked: float | None = None
         self.process = context.Process(target=_work, args=(theirs, name, precision, threads), daemon=True)
         resource_tracker.ensure_running()  # or its own start, a part of the next one, would undo the mask
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # inherited: Ctrl-C is for the server alone
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _THE_SERVERS)  # inherited: Ctrl-C is for the server alone
         try:
             self.process.start()
         finally:
@@ -188,6 +206,20 @@ class Apart:
     def forward(self, tokens: Tokens, names: list[str]) -> list[np.ndarray]:
         return self._call("forward", tokens, names)
 
+    def silence(self) -> float:
+        asked = self.asked
+        return 0.0 if asked is None else time.monotonic() - asked
+
+    def watch(self) -> None:
+        """Ask for an answer now and then, where nothing else does, until the process has ended."""
+        try:
+            while True:
+                time.sleep(_PULSE)
+                if self.asked is None:
+                    self._call("ping")
+        except InfuseError:
+            return
+
     def close(self) -> bool:
         """End the process, which has nothing left to answer; False if it had ended by itself."""
         lived = self.process.is_alive()
@@ -199,11 +231,14 @@ class Apart:
 
     def _call(self, function: str, *given: Any) -> Any:
         with self.lock:
+            self.asked = time.monotonic()
             try:
                 self.pipe.send((function, given))
+                return self._answer()
             except OSError:
                 raise refusals.gone(self.process.exitcode) from None
-            return self._answer()
+            finally:
+                self.asked = None
 
     def _answer(self) -> Any:
         try:
@@ -214,6 +249,9 @@ class Apart:
         if done:
             return found
         raise found
+
+
+_THE_SERVERS = {signal.SIGINT, signal.SIGTERM} | ({signal.SIGHUP} if hasattr(signal, "SIGHUP") else set())
 
 
 def spare_what_stays() -> None:
@@ -227,7 +265,7 @@ def spare_what_stays() -> None:
 
 def _work(pipe: Connection, name: str, precision: str, threads: int) -> None:
     """Answer calls until the other end is closed, be it because the server's process was killed."""
-    for each in (signal.SIGINT, signal.SIGTERM):  # to end is the server's decision: there are requests to answer
+    for each in _THE_SERVERS:  # to end is its decision: there are requests to answer
         signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:

@@ -2,6 +2,8 @@
 
 from infuse.errors import InfuseError
 
+OVERFLOW = "its values are too large to compute with."
+
 
 class RefusedError(InfuseError):
     """A request that is refused.
@@ -42,6 +44,14 @@ def gone(code: int | None) -> RefusedError:
     return RefusedError(
         503, f"The process of the model has ended with {code} (-9: memory may have run out), and so will the server.", 5
     )
+
+
+def silent(seconds: float) -> RefusedError:
+    return RefusedError(503, f"The model has not answered for {seconds:.0f} s; try again in 5 s.", 5)
+
+
+def failed(name: str) -> RefusedError:
+    return RefusedError(500, f"Adapter {name!r} failed on this request; the server's log says why.")
 
 
 def late(seconds: float) -> RefusedError:

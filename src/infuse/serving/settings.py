@@ -8,6 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from infuse.errors import InfuseError
+from infuse.serving.hosts import parts
 from infuse.settings import FromFile, check_kinds
 
 TOKEN = "INFUSE_ADMIN_TOKEN"
@@ -33,11 +34,15 @@ class ServeConfig(FromFile):
     folder: Positional[Path]
     """A folder of run folders or adapter folders; the folders' names are the adapters' names."""
     base: str | None = None
-    """The base model; by default that of the first adapter in the folder."""
+    """The base model; by default the one that most adapters in the folder were trained on."""
     host: str = "127.0.0.1"
     """The address to listen on; 0.0.0.0 for all."""
     port: int = 8000
     """The port to listen on; 0 takes a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names of the server, * for any; localhost, the address of --host and, with 0.0.0.0, any IP address work."""
+    connections: int = 500
+    """Connections at the same time; for one more, the one that is idle longest is closed."""
     precision: Literal["trained", "auto", "fp32", "bf16"] = "trained"
     """Number format of the trunk; trained: that of the adapters, or fp32 if they differ."""
     window: float = 2.0
@@ -69,7 +74,7 @@ class ServeConfig(FromFile):
     drain: float = 30.0
     """Seconds to answer what is in flight when the server is told to stop."""
     log_texts: bool = False
-    """Write texts and answers into the log."""
+    """Write texts and answers into the log, on standard error."""
 
     def check(self) -> None:
         """Raise :class:`InfuseError` for a value that cannot work."""
@@ -79,11 +84,16 @@ class ServeConfig(FromFile):
                 raise InfuseError(f"{name} must be at least {low}, not {getattr(self, name):g}.")
         if self.port > 65535:
             raise InfuseError(f"port must be at most 65535, not {self.port}.")
+        for name in self.allowed_hosts:
+            host = parts(name)
+            if name != "*" and (host is None or host[1] is not None):
+                raise InfuseError(f"allowed_hosts takes names without scheme and port, not {name!r}.")
         if not self.folder.is_dir():
             raise InfuseError(f"There is no folder {self.folder}; give the folder that holds the adapters.")
 
 
 _AT_LEAST = {
-    "port": 0, "window": 0, "max_tokens": 1, "queue": 1, "deadline": 0.01, "resident": 1, "watch": 0, "max_body": 64,
+    "port": 0, "connections": 1, "window": 0, "max_tokens": 1, "queue": 1, "deadline": 0.01, "resident": 1, "watch": 0,
+    "max_body": 64,
     "max_file": 64, "max_texts": 1, "max_characters": 1, "workers": 1, "threads": 0, "drain": 0,
 }  # fmt: skip

@@ -10,13 +10,18 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from infuse.errors import InfuseError
 from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
 from infuse.heads import Head
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts, File, Stamp
+from infuse.serving.logs import event
+from infuse.serving.look import HANGS, PATIENCE, Look, apart, look
 from infuse.serving.model import Model
+from infuse.texts import tokenize
 from infuse.training.folders import adapter_folder
 
 log = logging.getLogger("infuse.serving")
@@ -89,6 +94,8 @@ class Store:
         self.entries: dict[str, Entry] = {}
         self.recent: OrderedDict[str, Entry] = OrderedDict()
         self.numbers = count()
+        self.stuck: dict[str, Look] = {}
+        self.trial = tokenize(model.tokenizer, ["A text that every adapter is tried on."], 16)
 
     async def lease(self, name: str) -> Served:
         """The adapter as it is now, loaded if need be; :meth:`release` gives it back.
@@ -96,6 +103,9 @@ class Store:
         Raises:
             RefusedError: there is no such adapter (404), or its file can't be used (409).
         """
+        stuck = self.stuck.get(name)
+        if stuck and not stuck.over.is_set() and (name not in self.entries or self.entries[name].served is None):
+            raise refusals.unusable(name, HANGS)
         entry = self.entries.get(name) or await self._discover(name)
         entry.waiting += 1  # and so it isn't unloaded for another before its turn comes
         try:
@@ -119,22 +129,28 @@ class Store:
     async def refresh(self) -> None:
         """Look at the folder: new adapters, changed ones (swapped at once if in memory), and removed ones."""
         known = {entry.name: entry.stamp for entry in self.entries.values()}
-        present, changed = await asyncio.to_thread(self._look, known)
-        for name in known.keys() - present:
-            if any(files.find(self.root, name)) or not self.root.is_dir():  # it has come since, or all are away
+        seen = await apart(look, self.root, known, self.stuck, self._facts)
+        for name in known.keys() - seen.present - self.stuck.keys():
+            if not await apart(self._gone, name):  # it has come since, or all are away
                 continue
             entry = self.entries.pop(name)
             self._unload(entry)
             self.forgotten(name)
-            log.info("%s is gone", name)
-        for name, folder, stamp, found in changed:
+            log.info(event("gone", adapter=name))
+        for name in self.stuck:
+            entry = self.entries.setdefault(name, Entry(name, self.root / name))
+            if entry.error != HANGS:
+                log.warning(event("stuck", adapter=name, error=HANGS))
+            entry.stamp, entry.error = (), HANGS
+        for name, folder, stamp, found in seen.changed:
             entry = self.entries.setdefault(name, Entry(name, folder))
             if entry.served is not None:
                 await self._try(entry)
                 continue
             entry.folder, entry.stamp = folder, stamp
             entry.facts, entry.error = (None, found) if isinstance(found, str) else (found, None)
-            log.info("%s: %s", name, entry.error or (entry.facts and entry.facts.version))
+            facts = {"version": entry.facts.version} if entry.facts else {"error": entry.error}
+            log.info(event("found", adapter=name, **facts))
 
     async def load(self, name: str) -> Entry:
         """Load or reload an adapter from the folder, and serve it again if it was withdrawn."""
@@ -153,9 +169,9 @@ class Store:
             RefusedError: it is no sound adapter for this base (422), can't be written (507), or the folder is a run
                 that still trains (409).
         """
-        folder = await asyncio.to_thread(self._place, name)
+        folder = await apart(self._place, name)
         try:
-            file, found = await asyncio.to_thread(self._sound, folder, content)
+            file, found = await apart(self._sound, folder, content)
             inner = f"served {next(self.numbers)}"
             config = await self._in_model(lambda: self._tried(file, inner))
         except refusals.RefusedError:
@@ -164,7 +180,7 @@ class Store:
             raise refusals.RefusedError(422, f"The body can't be served as {name!r}: {_reason(name, error)}") from None
         config = json.dumps(config | {"base_model_name_or_path": found.base}, indent=1) + "\n"
         try:
-            await asyncio.to_thread(write_folder, folder, {CONFIG: config.encode(), WEIGHTS: content})
+            await apart(write_folder, folder, {CONFIG: config.encode(), WEIGHTS: content})
         except (OSError, InfuseError) as error:
             raise refusals.RefusedError(507, f"The adapter can't be written: {error}") from None
         return await self.load(name)
@@ -186,11 +202,24 @@ class Store:
 
     def _tried(self, file: File, inner: str) -> dict[str, Any]:
         """The config of an adapter that can be attached."""
-        self.model.attach(file, inner)
+        self._attach(file, inner)
         try:
             return self.model.config(inner)
         finally:
             self.model.remove(inner)
+
+    def _attach(self, file: File, inner: str) -> None:
+        """Attach an adapter, and see it answer a text: what can't be computed is refused once, not at each request."""
+        self.model.attach(file, inner)
+        try:
+            (row,) = self.model.forward(self.trial, [inner])
+            if row.shape != (len(file.head.labels),):
+                raise InfuseError(f"it gives {row.size} values for {len(file.head.labels)} labels.")
+            if not np.isfinite(row).all():
+                raise InfuseError(refusals.OVERFLOW)
+        except BaseException:
+            self.model.remove(inner)
+            raise
 
     def known(self, name: str) -> Entry:
         """What the last look at the folder has found."""
@@ -204,14 +233,6 @@ class Store:
         entry.withdrawn = True
         self._unload(entry)
         return entry
-
-    def _look(self, known: dict[str, Stamp]) -> tuple[set[str], list[tuple[str, Path, Stamp, Facts | str]]]:
-        present, changed = set(), []
-        for name, folder, stamp in files.find(self.root):
-            present.add(name)
-            if known.get(name) != stamp:
-                changed.append((name, folder, stamp, self._facts(name, folder)))
-        return present, changed
 
     def _facts(self, name: str, folder: Path) -> Facts | str:
         """What a file says about itself, or why it can't be used."""
@@ -228,15 +249,21 @@ class Store:
         """An adapter that has come since the last look at the folder."""
         if not files.valid(name):
             raise refusals.unknown(name)
-        for found, folder, _ in await asyncio.to_thread(lambda: list(files.find(self.root, name))):
+        for found, folder, _ in await apart(lambda: list(files.find(self.root, name))):
             return self.entries.setdefault(found, Entry(found, folder))
         raise refusals.unknown(name)
 
+    def _gone(self, name: str) -> bool:
+        return self.root.is_dir() and not any(files.find(self.root, name))
+
     async def _try(self, entry: Entry) -> None:
         try:
-            await self._loaded(entry)
+            async with asyncio.timeout(PATIENCE):  # it goes on loading: nobody else is kept waiting
+                await self._loaded(entry)
         except refusals.RefusedError as refusal:
-            log.warning("%s", refusal)
+            log.warning(event("refused", adapter=entry.name, error=str(refusal)))
+        except TimeoutError:
+            log.warning(event("slow", adapter=entry.name))
 
     async def _loaded(self, entry: Entry) -> None:
         """Bring an adapter's file into memory, once for all who wait for it."""
@@ -246,25 +273,25 @@ class Store:
         await asyncio.shield(entry.loading)
 
     async def _load(self, entry: Entry) -> None:
-        now = await asyncio.to_thread(files.stamp, entry.folder)
+        now = await apart(files.stamp, entry.folder)
         if entry.error and now == entry.stamp:
             raise refusals.unusable(entry.name, entry.error)
         fresh: Served | None = None
         try:
-            file, facts = await asyncio.to_thread(self._read, entry.folder)
+            file, facts = await apart(self._read, entry.folder)
             if entry.served is None or entry.served.facts.version != facts.version:
                 inner = f"served {next(self.numbers)}"
-                await self._in_model(lambda: self.model.attach(file, inner))
+                await self._in_model(lambda: self._attach(file, inner))
                 fresh = Served(entry.name, inner, facts, file.head)
         except refusals.RefusedError:  # not for its file, but because the server ends
             raise
         except Exception as error:
-            if not any(files.find(self.root, entry.name)):  # gone since the last look at the folder
+            if await apart(self._gone, entry.name):  # since the last look at the folder
                 raise refusals.unknown(entry.name) from None
             # An older version that is in memory goes on answering.
             entry.stamp, entry.error = now, _reason(entry.name, error)
             raise refusals.unusable(entry.name, entry.error) from None
-        if fresh is not None and files.stamp(entry.folder) != now:  # replaced meanwhile, and maybe told so
+        if fresh is not None and await apart(files.stamp, entry.folder) != now:  # replaced meanwhile, and maybe told so
             self._retire(fresh)
             return await self._load(entry)
         entry.stamp, entry.facts, entry.error = now, facts, None
@@ -279,7 +306,7 @@ class Store:
         old, entry.served = entry.served, served
         if old is not None:
             self._retire(old)
-        log.info("%s: version %s is in memory", entry.name, served.facts.version)
+        log.info(event("loaded", adapter=entry.name, version=served.facts.version))
         self.recent[entry.name] = entry
         self.recent.move_to_end(entry.name)
         self._make_room(entry)
@@ -313,5 +340,5 @@ def _reason(name: str, error: Exception) -> str:
     """Why an adapter can't be used, in a sentence; what nobody foresaw is its error alone, with more in the log."""
     if isinstance(error, InfuseError):
         return str(error)
-    log.error("%s can't be used", name, exc_info=error)
+    log.error(event("unusable", adapter=name), exc_info=error)
     return f"reading it failed ({type(error).__name__}); the server's log says why."
