@@ -32,7 +32,7 @@ SMALL = 2**28
 """Parameters that any machine can hold: what is wrong with such a base, its weights tell better."""
 
 
-class Unfit(ValueError):
+class UnfitError(ValueError):
     """Why a base can't be used, as the end of a sentence that names it."""
 
 
@@ -40,7 +40,7 @@ def read_config(source: str) -> Any:
     """The config of a base; any code of its own is left aside.
 
     Raises:
-        Unfit: it asks for code that is not of transformers, or for what no base has. (And what transformers
+        UnfitError: it asks for code that is not of transformers, or for what no base has. (And what transformers
             raises for files that are missing or damaged.)
     """
     raw = read_json(source, CONFIG, needed=True) or {}
@@ -52,7 +52,7 @@ def read_config(source: str) -> Any:
 
 
 def check_tokenizer(source: str) -> None:
-    """Raise :class:`Unfit` if a tokenizer needs code of its own: no other one knows how it splits texts."""
+    """Raise :class:`UnfitError` if a tokenizer needs code of its own: no other one knows how it splits texts."""
     raw = read_json(source, TOKENIZER) or {}
     _check(raw, TOKENIZER)
     if "AutoTokenizer" not in _own_classes(raw):
@@ -65,7 +65,7 @@ def check_tokenizer(source: str) -> None:
 
 
 def check_size(source: str, outline: nn.Module) -> None:
-    """Raise :class:`Unfit` if a base, outlined without weights, can't be what its files hold, or fits no memory.
+    """Raise :class:`UnfitError` if a base, outlined without weights, can't be what its files hold, or fits no memory.
 
     transformers fills tensors that the files lack, of whatever size, before anyone can look at them.
     """
@@ -76,11 +76,11 @@ def check_size(source: str, outline: nn.Module) -> None:
     files = [path for path in Path(source).glob("*") if path.suffix in (".safetensors", ".bin")]
     held = sum(path.stat().st_size for path in files)
     if files and count > PARAMETERS_PER_BYTE * held:
-        raise Unfit(f"its {CONFIG} describes {count:,} parameters, and its files hold {held:,} bytes.")
+        raise UnfitError(f"its {CONFIG} describes {count:,} parameters, and its files hold {held:,} bytes.")
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     there = psutil.virtual_memory().total + psutil.swap_memory().total
     if needed > there:
-        raise Unfit(
+        raise UnfitError(
             f"its {count:,} parameters take {needed / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}."
         )
 
@@ -97,7 +97,7 @@ def read_json(source: str, name: str, needed: bool = False) -> dict[str, Any] | 
         path = Path(source) / name
         if not path.is_file():
             if needed:
-                raise Unfit(f"that folder has no {name}; give one with a model.")
+                raise UnfitError(f"that folder has no {name}; give one with a model.")
             return None
     else:
         raises = dict.fromkeys(("missing_entries", "connection_errors", "gated_repo"), needed)
@@ -106,21 +106,21 @@ def read_json(source: str, name: str, needed: bool = False) -> dict[str, Any] | 
             return None
     found = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise Unfit(f"its {name} is no JSON object.")
+        raise UnfitError(f"its {name} is no JSON object.")
     return found
 
 
 def _check(raw: dict[str, Any], name: str) -> None:
     for key, value in _settings(raw):
         if KERNELS.fullmatch(key) and "/" in str(value):
-            raise Unfit(
+            raise UnfitError(
                 f"its {name} asks for code of the hub ({key}: {value!r}), which is never run: remove that setting."
             )
         if isinstance(value, float) and math.isnan(value):
-            raise Unfit(f"its {name} says that {key} is not a number: correct it.")
+            raise UnfitError(f"its {name} says that {key} is not a number: correct it.")
         limit = next((limit for pattern, limit in LIMITS if pattern.search(key)), None)
         if limit is not None and isinstance(value, int) and value > limit:
-            raise Unfit(f"its {name} says that {key} is {value:,}, and no base has more than {limit:,}.")
+            raise UnfitError(f"its {name} says that {key} is {value:,}, and no base has more than {limit:,}.")
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -144,7 +144,7 @@ def _own_classes(raw: dict[str, Any]) -> list[str]:
 
 
 def _refuse_code(name: str) -> None:
-    raise Unfit(
+    raise UnfitError(
         f"it needs Python code of its own (auto_map in its {name}), which is never run: choose a base that "
         "transformers knows, or remove auto_map if it does know this one."
     )

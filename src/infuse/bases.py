@@ -24,7 +24,7 @@ from infuse.adapter import Adapter, classification_head, dotted
 from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
-from infuse.base_files import Unfit, check_size, check_tokenizer, outlined, read_config, read_json
+from infuse.base_files import UnfitError, check_size, check_tokenizer, outlined, read_config, read_json
 from infuse.errors import InfuseError, listed
 from infuse.heads import Head, check_pooling
 from infuse.precision import dtype_of
@@ -195,7 +195,7 @@ def outline(name: str, precision: str = "fp32") -> BaseModel:
     choose(model)
     try:
         width = _width(model.config)
-    except Unfit as error:
+    except UnfitError as error:
         raise InfuseError(_why(name, error)) from None
     return BaseModel(name, model.eval(), None, "mean", width)  # type: ignore[arg-type]  # no texts here
 
@@ -222,7 +222,7 @@ def _width(config: Any) -> int:
     for name in ("hidden_size", "d_model", "dim"):
         if width := getattr(config, name, None):
             return int(width)
-    raise Unfit(f"its architecture ({config.model_type}) gives no hidden states of texts: choose another base.")
+    raise UnfitError(f"its architecture ({config.model_type}) gives no hidden states of texts: choose another base.")
 
 
 def locate(name: str) -> str:
@@ -270,7 +270,7 @@ def _why(name: str, error: Exception) -> str:
     source = ALIASES.get(name, name)
     if isinstance(error, InfuseError):
         return str(error)
-    if isinstance(error, Unfit):
+    if isinstance(error, UnfitError):
         return f"The base {name!r} can't be loaded: {error}"
     if source in PACKAGED and isinstance(error, OSError):
         extra = PACKAGED[source].extra
