@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from infuse.errors import InfuseError
 from infuse.heads import apply, head_of
 from infuse.memory import bytes_saved
 from infuse.model import activate, attach, detach, fusable_sites, merge, route, store_of, unmerge
+from infuse.processes import module_command
 from infuse.texts import Tokens, pad
 from infuse.training.batches import Buckets, Collate, encode
 from infuse.training.engine import TextClassifier
@@ -75,9 +75,8 @@ def peak_memory(base: BaseModel, train: Rows, settings: Settings) -> int | None:
         "base": base.name, "pooling": base.pooling, "settings": asdict(replace(settings, epochs=1)),
         "threads": torch.get_num_threads(), "texts": rows.texts, "labels": rows.labels,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "infuse.comparing.peak"], input=json.dumps(spec), capture_output=True, text=True
-    )
+    command = module_command("infuse.comparing.peak")
+    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
