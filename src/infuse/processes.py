@@ -1,7 +1,7 @@
 """How processes of Python start: the current folder is no place that modules come from.
 
-Commands run in folders of data, which anyone may have put files into: a ``tempfile.py`` there must not take the place of
-Python's own.
+Commands run in folders of data, which anyone may have put files into: a ``tempfile.py`` there must not take the place
+of Python's own.
 """
 
 import os

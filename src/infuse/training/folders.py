@@ -12,6 +12,7 @@ import yaml
 
 from infuse.errors import InfuseError, listed
 from infuse.formats.bundle import WEIGHTS
+from infuse.plain_yaml import read_yaml
 from infuse.training.config import TrainConfig
 
 ADAPTER, AVERAGE, CHECKPOINTS, CONFIG, MODEL = "adapter", "adapter-average", "checkpoints", "config.yaml", "model"
@@ -58,8 +59,8 @@ def data_of(run: str | Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """What a file of :func:`as_yaml` says; ``None`` if it is damaged."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
