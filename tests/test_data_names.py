@@ -7,8 +7,11 @@ import unicodedata
 import pytest
 from data_helpers import fails, parquet, table, write
 
+from infuse import InfuseError
+from infuse.bases import load_base
 from infuse.data import Rows, Splits, check, load_splits, read
 from infuse.data.folder import SPLITS
+from infuse.training.batches import encode
 
 TRAIN = table([(f"text {i}", "ab"[i % 2]) for i in range(20)])
 HELD = table([(f"held out {i}", "ab"[i % 2]) for i in range(6)])
@@ -152,3 +155,9 @@ def test_labels_that_differ_are_not_told():
     names = ("a", "b", "ab", "a b", "a-b", "a_b", "é", "e", "1", "10", "日本", "日", "👍", "👎")
     rows = Rows(tuple(f"text {i}" for i in range(2 * len(names))), names * 2)
     assert check(Splits(rows, Rows(("held",), ("a",)))) == []
+
+
+def test_labels_that_an_adapter_does_not_know_but_for_their_spelling(tiny_base):
+    base = load_base(str(tiny_base))
+    with pytest.raises(InfuseError, match=r"labels LOST do not occur.*; spell 'LOST' and 'lost' alike, add rows"):
+        encode(base, Rows(("a", "b"), ("LOST", "fee")), ["fee", "lost"], 16)

@@ -6,6 +6,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
+from infuse.errors import listed
+
 UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\ufe0e\ufe0f\u2800")
 """Characters without ink that Unicode does not count among its format characters (Cf)."""
 
@@ -30,6 +32,13 @@ def spelled_out(labels: Iterable[str]) -> list[str]:
     seen = all(c == " " or not (_unseen(c) or c.isspace()) for label in labels for c in label)
     plain = seen and len({unicodedata.normalize("NFKC", label) for label in labels}) == len(labels)
     return [repr(label) if plain else ascii(label) for label in labels]
+
+
+def respelled(unseen: Iterable[str], known: Iterable[str]) -> str:
+    """What to do about unknown labels that look like known ones, as the start of a list of ways; else nothing."""
+    unseen = set(unseen)
+    groups = [group for group in alike([*known, *unseen]) if unseen & set(group)]
+    return f"spell {listed([' and '.join(spelled_out(group)) for group in groups], 5)} alike, " if groups else ""
 
 
 def _unseen(c: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from infuse.data.alike import alike, spelled_out
+from infuse.data.alike import alike, respelled, spelled_out
 from infuse.data.rows import Rows, Splits
 from infuse.errors import InfuseError, listed
 
@@ -90,11 +90,9 @@ def _check_fit(train: Rows, rows: Rows, name: str) -> None:
         raise InfuseError(f"train has {kinds[train.multi]} but {name} has {kinds[rows.multi]}: use one kind in both.")
     unseen = [label for label in rows.label_set if label not in train.counts]
     if unseen:
-        pairs = [" and ".join(spelled_out(group)) for group in alike([*train.counts, *unseen]) if {*group} & {*unseen}]
-        mend = f"spell {listed(pairs, 5)} alike in both, and " if pairs else ""
         raise InfuseError(
             f"{_count(len(unseen), 'label')} of {name} {'does' if len(unseen) == 1 else 'do'} not occur in train "
-            f"({listed(unseen)}): {mend}add rows to train or remove them from {name}."
+            f"({listed(unseen)}): {respelled(unseen, train.counts)}add rows to train or remove them from {name}."
         )
 
 
