@@ -242,6 +242,10 @@ def _hub(source: str, split: str) -> Table:
             also = [name for name in re.findall(r"'([^']+)'", there) if name in names and name != split]
             if len(also) == 1:
                 return _hub(source, also[0])
+            if also:
+                raise InfuseError(
+                    f"{source} has several splits that could be {split!r} ({listed(also)}): ask for one by its name."
+                ) from error
             raise NoSplitError(f"{source} has no split {split!r} (it has {there}): ask for one of those.") from error
         reason = next((why for said, why in REASONS if said in message.casefold()), message[:300])
         raise InfuseError(
