@@ -58,7 +58,7 @@ import json, pathlib, sys, torch, adapters, transformers
 from safetensors.torch import load_file, save_file
 for folder in json.load(open(sys.argv[1])):
     auto = transformers.AutoModelForSequenceClassification
-    model = auto.from_pretrained(folder + "/base", attn_implementation="eager")
+    model = auto.from_pretrained(folder + "/base", attn_implementation="eager", trust_remote_code=False)
     adapters.init(model)
     member = None
     for member in sorted(pathlib.Path(folder).glob("adapter/members/*")):

@@ -87,7 +87,7 @@ def _trainer(spec: Spec, data: dict[str, Any], loaded: Callable[[], None], begin
             report_to=[],
             disable_tqdm=True,
         )
-        collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(spec["base"]))
+        collator = DataCollatorWithPadding(AutoTokenizer.from_pretrained(spec["base"], trust_remote_code=False))
         Trainer(model=model, args=args, train_dataset=rows, data_collator=collator, callbacks=[callback]).train()
 
 
@@ -188,7 +188,7 @@ def _model(spec: Spec, data: dict[str, Any], loaded: Callable[[], None]) -> Any:
 def _of_adapters(spec: Spec, data: dict[str, Any], loaded: Callable[[], None]) -> Any:
     from adapters import AutoAdapterModel, Fuse
 
-    model = AutoAdapterModel.from_pretrained(spec["base"]).to(device())
+    model = AutoAdapterModel.from_pretrained(spec["base"], trust_remote_code=False).to(device())
     loaded()
     kind = ADAPTERS[spec["method"]]
     members = MEMBERS if spec["method"] == "fusion" else ["task"]
@@ -209,6 +209,6 @@ def _bare(spec: Spec, data: dict[str, Any]) -> nn.Module:
     if spec["llama"]:
         config = transformers.LlamaConfig(**spec["llama"])
         with device():
-            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     auto: Any = transformers.AutoModelForSequenceClassification
-    return auto.from_pretrained(spec["base"], num_labels=data["classes"])
+    return auto.from_pretrained(spec["base"], num_labels=data["classes"], trust_remote_code=False)

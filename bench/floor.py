@@ -68,7 +68,11 @@ def products(spec: dict[str, Any], longest: int, device: torch.device) -> Callab
 def _shape(spec: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoConfig, LlamaConfig
 
-    config: Any = LlamaConfig(**spec["llama"]) if spec["llama"] else AutoConfig.from_pretrained(spec["base"])
+    config: Any = (
+        LlamaConfig(**spec["llama"])
+        if spec["llama"]
+        else AutoConfig.from_pretrained(spec["base"], trust_remote_code=False)
+    )
     width, ffn, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     narrow = width // heads * (getattr(config, "num_key_value_heads", None) or heads)
     linears = {"q": (width, width), "k": (width, narrow), "v": (width, narrow), "o": (width, width)}

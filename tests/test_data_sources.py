@@ -81,6 +81,16 @@ def test_hub_split_that_is_not_there(hub):
         read("a/b", split="dev")
 
 
+def test_hub_split_under_another_name(hub):
+    features = {"text": object(), "label": object()}
+    parts = {name: HubSet(features, text=[name], label=["a"]) for name in ("train", "dev")}
+    hub(parts)
+    assert read("a/b", split="validation").texts == read("a/b", split="dev").texts == ("dev",)
+    parts["valid"] = parts["dev"]
+    with fails("a/b has several splits", "'validation'", "dev, valid"):
+        load_splits("a/b")
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

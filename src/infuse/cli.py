@@ -203,7 +203,7 @@ def _sites(config: SitesConfig) -> None:
 def _merge(config: MergeConfig) -> None:
     from infuse.export import merge_run
 
-    console.out.print(f"merged model: {merge_run(config.run, config.out, config.base)}", soft_wrap=True)
+    console.out.tell(f"merged model: {merge_run(config.run, config.out, config.base)}")
 
 
 def _fuse(config: FuseConfig) -> None:
@@ -225,7 +225,7 @@ def _tune(config: TuneConfig) -> None:
 def _average(config: AverageConfig) -> None:
     from infuse.training.fusing import average_runs
 
-    console.out.print(f"average: {average_runs(config, say=console.say)}", soft_wrap=True)
+    console.out.tell(f"average: {average_runs(config, say=console.say)}")
 
 
 def _compare(config: CompareConfig) -> None:
@@ -278,15 +278,15 @@ def main(arguments: list[str] | None = None) -> None:
         run(config)
         sys.stdout.flush()
     except InfuseError as error:
-        console.err.print(f"infuse: {error}", style="red", soft_wrap=True)
+        console.err.tell(f"infuse: {error}", style="red")
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)
     except (OSError, SafetensorError) as error:  # a path that can't be written, a full disk
         what, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-        console.err.print(
+        console.err.tell(
             f"infuse: {what or 'The output'} can't be read or written ({why or error}); "
-            "check the path, its permissions and the space left.", style="red", soft_wrap=True,
+            "check the path, its permissions and the space left.", style="red",
         )  # fmt: skip
         _drop_output()
         sys.exit(2)

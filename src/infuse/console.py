@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 import time
@@ -15,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from infuse.escaping import csv_text, visible
 
 if TYPE_CHECKING:  # what is shown: importing it takes seconds, which `infuse --help` need not wait for
     from infuse.calibrating.calibrate import Calibration
@@ -26,15 +27,40 @@ if TYPE_CHECKING:  # what is shown: importing it takes seconds, which `infuse --
     from infuse.tuning.run import Tuned
 
 _COMPARED = ("method", "base", "accuracy %", "trained parameters", "peak MiB", "training s", "forgetting")
-# Texts, labels and paths are the user's: brackets and colons in them are no styles and no emoji.
-out = Console(markup=False, emoji=False, highlight=False)
-err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+class Screen(Console):
+    """A terminal that shows texts, labels and paths of anyone: nothing in them is a style, an emoji or a command."""
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
+
+    def tell(self, text: str, style: str | None = None) -> None:
+        """One line, however long, whatever is in it."""
+        self.print(visible(text), style=style, soft_wrap=True)
+
+
+class Grid(Table):
+    """A table in whose cells and titles a line break is an escape too; ``titles`` stand on a line each."""
+
+    def __init__(self, *titles: str, **options: Any):
+        super().__init__(title="\n".join(map(visible, titles)) or None, title_justify="left", **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(visible(text) if isinstance(text, str) else text for text in cells), **options)
+
+
+out = Screen()
+err = Screen(stderr=True)
 
 
 def show_tuned(tuned: Tuned) -> None:
     """The best trial beside the defaults, and what to do with it."""
     best, metrics = tuned.best, tuned.run.metrics
-    table = Table(title=f"best of {tuned.states['complete']} trials that came to their end", title_justify="left")
+    table = Grid(f"best of {tuned.states['complete']} trials that came to their end")
     for column in ("", "validation macro-F1"):
         table.add_column(column, justify="right" if column else "left", overflow="fold")
     table.add_row(f"trial {best['trial']}: {metrics['method']} on {best['base']}", f"{100 * best['macro_f1']:.2f}")
@@ -44,19 +70,18 @@ def show_tuned(tuned: Tuned) -> None:
         table.add_row("  logistic regression, frozen base", _percents(metrics["baseline"]["validation"])[1])
     out.print(table)
     if tuned.defaults and best["macro_f1"] <= max(tuned.defaults.values()):
-        out.print("the defaults hold: no trial was better")
+        out.tell("the defaults hold: no trial was better")
     changed = ", ".join(f"{key} {value}" for key, value in best["settings"].items())
-    out.print(f"settings: {changed}", soft_wrap=True)
-    out.print(
+    out.tell(f"settings: {changed}")
+    out.tell(
         f"{tuned.folder}: best/ (the run), best.yaml (repeats it), trials.csv, report.html (also .md, .json, PNG)",
-        soft_wrap=True,
     )
 
 
 def show_run(run: Run) -> None:
     """The result table of a run, with the baseline beside it."""
     metrics = run.metrics
-    table = Table(title=f"{metrics['method']} on {metrics['base']}", title_justify="left")
+    table = Grid(f"{metrics['method']} on {metrics['base']}")
     for column in ("", "rows", "accuracy", "macro-F1"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("validation", "test"):
@@ -67,35 +92,35 @@ def show_run(run: Run) -> None:
                 table.add_row("  logistic regression, frozen base", "", *_percents(metrics["baseline"][name]))
     out.print(table)
     parameters = metrics["parameters"]
-    out.print(
+    out.tell(
         f"trained {parameters['transformer']:,} parameters in the transformer ({parameters['percent_of_base']:g} % of "
         f"the base) and {parameters['head']:,} in the head, in {metrics['seconds']:.0f} s"
     )
     if metrics["baseline"]:
         gain = 100 * (metrics["validation"]["accuracy"] - metrics["baseline"]["validation"]["accuracy"])
         verdict = "beats" if gain > 0 else "does not beat"
-        out.print(f"it {verdict} logistic regression on the frozen base on validation ({gain:+.1f} points of accuracy)")
+        out.tell(f"it {verdict} logistic regression on the frozen base on validation ({gain:+.1f} points of accuracy)")
     names = ("adapter", "report.html", "metrics.json", "per_class.csv", "confusion.png", "curves.png")
     there = ", ".join(name if "." in name else f"{name}/" for name in names if (run.folder / name).exists())
-    out.print(f"run folder: {run.folder}  ({there})", soft_wrap=True)
+    out.tell(f"run folder: {run.folder}  ({there})")
 
 
 def say(line: str) -> None:
     """A line about what goes on, beside the results."""
-    err.print(line, soft_wrap=True)
+    err.tell(line)
 
 
 def show_comparison(report: Report, folder: Path) -> None:
     """The first columns of a comparison's table, and where the whole report is."""
     whole = report.tables[0]
     shown = [i for i, column in enumerate(whole.columns) if column.title in _COMPARED]
-    table = Table(title=report.title, title_justify="left", caption=whole.caption, caption_justify="left")
+    table = Grid(report.title, caption=whole.caption, caption_justify="left")
     for i in shown:
         table.add_column(whole.columns[i].title, justify="right" if i else "left")
     for row in whole.rows:
         table.add_row(*(whole.columns[i].spell(row[i]) for i in shown))
     out.print(table)
-    out.print(f"report: {folder / 'report.html'}  (also .csv, .json, .md, and a PNG per figure)", soft_wrap=True)
+    out.tell(f"report: {folder / 'report.html'}  (also .csv, .json, .md, and a PNG per figure)")
 
 
 def show_recommendation(found: Recommendation) -> None:
@@ -104,7 +129,7 @@ def show_recommendation(found: Recommendation) -> None:
     rounds = [column.title for column in whole.columns if column.title.startswith("round")]
     titles = ["candidate", "% of base", "file kB", "training MB", *rounds[-1:], "verdict"]
     shown = [i for i, column in enumerate(whole.columns) if column.title in titles]
-    table = Table(title=f"{report.title}\n{report.subtitle}", title_justify="left")
+    table = Grid(report.title, report.subtitle)
     for i in shown:
         text = whole.columns[i].title in ("candidate", "verdict")
         table.add_column(whole.columns[i].title, justify="left" if text else "right", overflow="fold")
@@ -112,10 +137,10 @@ def show_recommendation(found: Recommendation) -> None:
         table.add_row(*(whole.columns[i].spell(row[i]) for i in shown))
     out.print(table)
     for line in report.answer:
-        out.print(line)
+        out.tell(line)
     if found.train is not None:
-        out.print(report.commands[-1], soft_wrap=True)
-    out.print(f"report: {found.folder / 'report.html'}  (also .csv, .json, .md, and train.yaml)", soft_wrap=True)
+        out.tell(report.commands[-1])
+    out.tell(f"report: {found.folder / 'report.html'}  (also .csv, .json, .md, and train.yaml)")
 
 
 def seconds_since_start() -> float:
@@ -127,6 +152,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
     """The answer to every text and the most probable labels with their confidence: a table, JSON lines, or CSV.
 
     The answer to a text out of scope is ``null`` in JSON, empty in CSV; several labels are a list, or joined by ``|``.
+    In CSV texts and labels that a spreadsheet would take for a formula begin with ``'``; JSON holds them exactly.
     """
     if form == "json":
         for text, given in zip(texts, answers, strict=True):
@@ -135,17 +161,15 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
             whole = {"text": text, "label": given.label, **several, "confidence": round(given.confidence, 6)}
             sys.stdout.write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
     elif form == "csv":
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
         count = len(answers[0].top) if answers else 0
         ranks = (f"{what}_{i + 1}" for i in range(count) for what in ("label", "confidence"))
-        writer.writerow(["text", *ranks, "label"])
+        lines = [["text", *ranks, "label"]]
         for text, given in zip(texts, answers, strict=True):
             ranked = (cell for label, p in given.top for cell in (label, f"{p:.6f}"))
-            writer.writerow([text, *ranked, given.label or "|".join(given.labels or ())])
-        sys.stdout.write(buffer.getvalue())
+            lines.append([text, *ranked, given.label or "|".join(given.labels or ())])
+        sys.stdout.write(csv_text(lines))
     else:
-        table = Table()
+        table = Grid()
         table.add_column("text", overflow="fold")
         table.add_column("label", overflow="fold")
         table.add_column("confidence", justify="right")
@@ -162,9 +186,7 @@ def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], ro
     if form == "json":
         sys.stdout.write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
         return
-    table = Table(
-        title=f"{rows:,} rows: accuracy {100 * overall['accuracy']:.2f}, macro-F1 {100 * overall['macro_f1']:.2f}"
-    )
+    table = Grid(f"{rows:,} rows: accuracy {100 * overall['accuracy']:.2f}, macro-F1 {100 * overall['macro_f1']:.2f}")
     for column in ("label", "precision", "recall", "F1", "rows"):
         table.add_column(column, justify="left" if column == "label" else "right", overflow="fold")
     for row in sorted(classes, key=lambda r: r["f1"]):
@@ -178,8 +200,8 @@ def show_calibration(found: Calibration, form: str) -> None:
     if form == "json":
         sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
         return
-    table = Table(
-        title=f"{found.rows:,} rows, accuracy {100 * found.accuracy:.2f}", title_justify="left",
+    table = Grid(
+        f"{found.rows:,} rows, accuracy {100 * found.accuracy:.2f}",
         caption="measured on the rows that it was fitted to", caption_justify="left",
     )  # fmt: skip
     for column in ("", "before", "after"):
@@ -194,12 +216,12 @@ def show_calibration(found: Calibration, form: str) -> None:
         table.add_row(f"refused of {found.out_of_scope_rows:,} out of scope %", "0", f"{100 * found.refused:.1f}")
     out.print(table)
     for note in found.notes:
-        out.print(note, soft_wrap=True)
+        out.tell(note)
 
 
 def show_sites(base: str, sites: Sequence[Site]) -> None:
     """A row per stack and role: where it is, on which side, how wide, in how many layers."""
-    table = Table(title=f"sites of {base}", title_justify="left")
+    table = Grid(f"sites of {base}")
     for column in ("stack", "role", "module, below the prefix", "side", "slice", "width", "sites"):
         table.add_column(column, justify="right" if column in ("width", "sites") else "left", overflow="fold")
     groups: dict[tuple, list[Site]] = {}
@@ -214,7 +236,7 @@ def show_sites(base: str, sites: Sequence[Site]) -> None:
 
 def show_counts(base: str, parameters: int, rows: Sequence[tuple[str, tuple[int, int] | str]]) -> None:
     """Methods with their sites and trained parameters on one base, or with the reason why they don't fit it."""
-    table = Table(title=f"{base}: {parameters:,} parameters", title_justify="left")
+    table = Grid(f"{base}: {parameters:,} parameters")
     for column in ("method", "sites", "trained in the transformer", "% of base"):
         table.add_column(column, justify="left" if column == "method" else "right")
     if any(isinstance(counted, str) for _, counted in rows):

@@ -14,10 +14,10 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from infuse.errors import InfuseError, listed
+from infuse.plain_yaml import read_yaml
 from infuse.sites import Site
 from infuse.spaces import Space
 
@@ -330,8 +330,8 @@ def _setting(item: str) -> tuple[str, Any]:
     if not equals:
         raise InfuseError(f"{item!r} is not a setting: write name=value, e.g. rank=4.")
     try:
-        return name.strip(), yaml.safe_load(value)
-    except (ValueError, RecursionError, yaml.YAMLError):  # ValueError: what looks like a date and is none
+        return name.strip(), read_yaml(value)
+    except ValueError:
         raise InfuseError(
             f"The value in {item!r} can't be read: write a number, a word or words joined by +."
         ) from None

@@ -6,6 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.console import err
+from infuse.escaping import visible
 from infuse.tuning.run import Standing
 from infuse.units import duration
 
@@ -44,7 +45,7 @@ class ShowProgress(TrainerCallback):
         if self.task is not None:
             self.progress.update(self.task, note=note)
         else:
-            err.print(f"epoch {state.epoch:.0f}/{args.num_train_epochs:.0f}  step {state.global_step}  {note}")
+            err.tell(f"epoch {state.epoch:.0f}/{args.num_train_epochs:.0f}  step {state.global_step}  {note}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,8 +80,8 @@ class ShowTuning:
         if err.is_terminal:
             if self.task is None:
                 self.task = self.progress.add_task("tuning", total=standing.wanted, note="")
-            note = "  ".join(filter(None, (best, left, standing.now)))
+            note = visible("  ".join(filter(None, (best, left, standing.now))))
             self.progress.update(self.task, completed=done, note=note)
         elif standing.event:
             parts = (standing.event, best, f"{done} of {standing.wanted} trials", left)
-            err.print("; ".join(filter(None, parts)), soft_wrap=True)
+            err.tell("; ".join(filter(None, parts)))

@@ -14,6 +14,7 @@ import yaml
 
 from infuse.errors import InfuseError, listed
 from infuse.method import make, spelled
+from infuse.plain_yaml import read_yaml
 
 METHODS = frozenset({"method", "methods"})
 """The settings that name methods; in YAML they may be mappings, and the help of a command with one lists all."""
@@ -34,8 +35,9 @@ def check_kinds(config: Any, names: Iterable[str] | None = None) -> None:
     for name in [field.name for field in fields(config)] if names is None else names:
         hint, value = hints[name], getattr(config, name)
         if not _fits(value, hint):
-            shown = list(value) if isinstance(value, tuple) else value  # as the file says it
-            raise InfuseError(f"{name} must be of the kind {_kind(hint)}, not {shown!r}.")
+            shown = repr(list(value) if isinstance(value, tuple) else value)  # as the file says it
+            shown = shown if len(shown) <= 100 else f"{shown[:99]}…"
+            raise InfuseError(f"{name} must be of the kind {_kind(hint)}, not {shown}.")
         if isinstance(value, str | Path) and "\0" in str(value):
             raise InfuseError(f"{name} holds a zero byte, which no name can: {str(value)!r}.")
 
@@ -66,9 +68,9 @@ def from_yaml(kind: type, path: Path) -> Any:
         InfuseError: the file can't be read, or names a setting that there is not, or gives one a value of another kind.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InfuseError(f"The config {path} can't be read: {' '.join(str(error).split())}") from None
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InfuseError(f"The config {path} can't be read: {error}.") from None
     known = {f.name: f for f in fields(kind) if f.name != "config"}
     if isinstance(values, dict):  # learning-rate is learning_rate, as it is among flags
         values = {k.replace("-", "_") if isinstance(k, str) else k: v for k, v in values.items()}

@@ -19,6 +19,7 @@ from infuse.calibrating.settings import CalibrateConfig
 from infuse.checkpoint import amend, header
 from infuse.data import Rows, digest, read, splits_of
 from infuse.data.check import check_texts
+from infuse.data.folder import canonical
 from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
@@ -197,7 +198,7 @@ def _rows(config: CalibrateConfig, adapter: Path) -> Rows:
         rows = splits.validation
     else:
         same = bool(trained) and Path(config.data).resolve() == Path(trained["data"]).resolve()
-        if same and (config.split == "train" or not has_splits(config.data)):
+        if same and (canonical(config.split) == "train" or not has_splits(config.data)):
             raise InfuseError(
                 f"The run was trained on rows of {config.data}, where it looks surer than it is: leave out --data to "
                 "use its validation rows, or give other rows."

@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from infuse.heads import apply, head_of
 from infuse.memory import bytes_saved
 from infuse.merging import merge, unmerge
 from infuse.model import activate, attach, detach, fusable_sites, route
+from infuse.processes import module_command
 from infuse.store import store_of
 from infuse.texts import Tokens, pad
 from infuse.training.batches import Buckets, Collate, encode
@@ -77,9 +77,8 @@ def peak_memory(base: BaseModel, train: Rows, settings: Settings) -> int | None:
         "base": base.name, "pooling": base.pooling, "settings": asdict(replace(settings, epochs=1)),
         "threads": torch.get_num_threads(), "texts": rows.texts, "labels": rows.labels,
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "infuse.comparing.peak"], input=json.dumps(spec), capture_output=True, text=True
-    )
+    command = module_command("infuse.comparing.peak")
+    done = subprocess.run(command, input=json.dumps(spec), capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

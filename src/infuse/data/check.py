@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from infuse.data.alike import alike, respelled, spelled_out
 from infuse.data.rows import Rows, Splits
 from infuse.errors import InfuseError, listed
 
@@ -30,6 +31,7 @@ def check(splits: Splits) -> list[str]:
     for name, rows in held_out.items():
         _check_fit(splits.train, rows, name)
     found = [_leak(splits.train, rows, name) for name, rows in held_out.items()]
+    found += [_look_alikes(parts.values())]
     found += [_contradictions(splits.train), _single_rows(splits.train), _imbalance(splits.train)]
     return [warning for warning in found if warning]
 
@@ -90,7 +92,7 @@ def _check_fit(train: Rows, rows: Rows, name: str) -> None:
     if unseen:
         raise InfuseError(
             f"{_count(len(unseen), 'label')} of {name} {'does' if len(unseen) == 1 else 'do'} not occur in train "
-            f"({listed(unseen)}): add rows to train or remove them from {name}."
+            f"({listed(unseen)}): {respelled(unseen, train.counts)}add rows to train or remove them from {name}."
         )
 
 
@@ -102,6 +104,17 @@ def _leak(train: Rows, rows: Rows, name: str) -> str | None:
     return (
         f"{_count(len(both), 'text')} of {name} {_are(both)} also in train (for example {_quoted(both[0])}): "
         f"remove {'it' if len(both) == 1 else 'them'} from one side, or the score will look better than it is."
+    )
+
+
+def _look_alikes(parts: Iterable[Rows]) -> str | None:
+    groups = alike(label for rows in parts for label in rows.counts)
+    if not groups:
+        return None
+    shown = listed([" and ".join(spelled_out(group)) for group in groups], 5)
+    return (
+        f"{_count(len(groups), 'label')} {'has' if len(groups) == 1 else 'have'} several spellings that look alike "
+        f"({shown}): each counts as a label of its own, so write them alike if they mean the same."
     )
 
 

@@ -6,7 +6,6 @@ cell is guessed to be a number, a date or missing ("NA" and "null" are texts), a
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import math
@@ -16,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from infuse.data.delimited import read_delimited, split_lines
+from infuse.data.folder import SPLITS, NoSplitError, canonical, split_files
 from infuse.data.rows import Rows
 from infuse.errors import InfuseError, listed
 
@@ -41,10 +42,6 @@ REASONS = (
 Source = str | os.PathLike[str]
 
 
-class NoSplitError(InfuseError):
-    """The source exists but has no split of the name asked for."""
-
-
 class Table(NamedTuple):
     """What a source holds; a column's cells are read when they are asked for."""
 
@@ -68,14 +65,22 @@ def read(
         source: a .csv, .tsv, .jsonl, .json or .parquet file; a folder with train.csv, validation.csv, …;
             ``"sample"`` (bundled); ``"banking77"``; or a hub data set, ``owner/name`` or ``owner/name:config``.
         text, label: the columns. If a default name is absent, a usual other name is taken (sentence, intent, …).
-        split: which part of a folder, the sample or a hub set; a single file has only one part.
+        split: which part of a folder, the sample or a hub set; a single file has only one part. ``dev.csv`` and the
+            like are validation splits (see `infuse.data.folder`).
         labelled: whether to read labels at all.
         multi: split label cells at ``|``. Cells that are lists are multi-label without it.
 
     Raises:
         InfuseError: the source cannot be found, reached or read, or a column is missing.
     """
-    table = _table(source, split)
+    parts = [_rows(table, text, label, labelled, multi) for table in _tables(source, split)]
+    if len(parts) == 1:
+        return parts[0]
+    texts = tuple(text for part in parts for text in part.texts)
+    return Rows(texts, tuple(label for part in parts for label in part.labels or ()) if labelled else None)  # type: ignore[arg-type]  # checked to be of one kind
+
+
+def _rows(table: Table, text: str, label: str, labelled: bool, multi: bool) -> Rows:
     texts = _converted(table, _column(table, "text", text), _string)
     if not labelled:
         return Rows(tuple(texts))
@@ -87,6 +92,12 @@ def has_splits(source: Source) -> bool:
     return source in HUB_NAMES or not _is_file(_path(source))
 
 
+def folder_of(source: Source) -> Path | None:
+    """The folder whose files are the splits of ``source``, if there is one."""
+    path = _path(source)
+    return path if source not in HUB_NAMES and path.is_dir() else None
+
+
 def _path(source: Source) -> Path:
     return SAMPLE if source == "sample" else Path(os.path.expanduser(source))  # ~nobody/x stays as it is
 
@@ -95,27 +106,27 @@ def _is_file(path: Path) -> bool:
     return path.is_file() or (path.suffix.lower() in READERS and not path.is_dir())
 
 
-def _table(source: Source, split: str) -> Table:
+def files_of(source: Source, split: str) -> tuple[Path, ...]:
+    """The files that `read` reads; none for a hub data set.
+
+    Raises:
+        InfuseError: a folder has no such split, or several files that could be it.
+    """
+    if (folder := folder_of(source)) is not None:
+        return split_files(folder, split, READERS)
     path = _path(source)
-    if source not in HUB_NAMES:
-        if path.is_dir():
-            return _file(_in_folder(path, split))
-        if _is_file(path):
-            return _file(path)
+    return (path,) if source not in HUB_NAMES and _is_file(path) else ()
+
+
+def _tables(source: Source, split: str) -> list[Table]:
+    if files := files_of(source, split):
+        return [_file(path) for path in files]
     if isinstance(source, str) and (source in HUB_NAMES or HUB_ID.fullmatch(source)):
-        return _hub(source, split)
+        return [_hub(source, split)]
     raise InfuseError(
         f"there is no file or folder {str(source)!r}: give a file ({listed(READERS)}), a folder with train.csv, "
         "'sample', 'banking77' or a hub data set as owner/name."
     )
-
-
-def _in_folder(folder: Path, split: str) -> Path:
-    for suffix in READERS:
-        if (path := folder / f"{split}{suffix}").is_file():
-            return path
-    there = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in READERS)
-    raise NoSplitError(f"{folder} has no {split}.csv (its data files: {listed(there)}): add it, or name a file.")
 
 
 def _file(path: Path) -> Table:
@@ -129,34 +140,13 @@ def _file(path: Path) -> Table:
 
 
 def _csv(path: Path) -> Table:
-    content = _content(path)
-    # Spreadsheets write ";" where "," is the decimal mark.
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=content.lstrip().partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # 131,072 characters by default
-    rows: list[list[str]] = []
-    try:
-        for row in reader:
-            if row and rows and len(row) != len(rows[0]):
-                raise InfuseError(
-                    f"line {reader.line_num} of {path} has {len(row)} fields but the header has {len(rows[0])}: "
-                    f"put texts that contain {delimiter!r} in double quotes."
-                )
-            if row:
-                rows.append(row)
-    except csv.Error as error:
-        raise InfuseError(
-            f"line {reader.line_num} of {path} is not valid CSV ({error}): close every double quote, "
-            'and write one inside a quoted text as "".'
-        ) from error
-    header = [name.strip() for name in rows[0]]
-    return Table(str(path), header, lambda column: [row[header.index(column)] for row in rows[1:]])
+    header, rows = read_delimited(_content(path), path)
+    return Table(str(path), header, lambda column: [row[header.index(column)] for row in rows])
 
 
 def _json_lines(path: Path) -> Table:
     records = []
-    # Not splitlines(): JSON strings may hold the other characters that it breaks at, such as U+2028.
-    for number, line in enumerate(_content(path).split("\n"), 1):
+    for number, line in enumerate(split_lines(_content(path)), 1):
         try:
             records += [json.loads(line)] if line.strip() else []
         except json.JSONDecodeError as error:
@@ -227,6 +217,10 @@ def _content(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InfuseError(f"{path} is not UTF-8 text (line {line}): save it again with the encoding UTF-8.") from None
+    content = content.rstrip("\x1a")  # which ends files of DOS
+    if (at := content.find("\0")) >= 0:  # as every other byte of UTF-16 is
+        line = content.count("\n", 0, at) + 1
+        raise InfuseError(f"line {line} of {path} holds zero bytes: save the file again with the encoding UTF-8.")
     if not content.strip():
         raise InfuseError(f"{path} is empty: give it a text and a label for each row.")
     return content
@@ -244,6 +238,14 @@ def _hub(source: str, split: str) -> Table:
         message = " ".join(str(error).split()).rstrip(".")
         if message.startswith("Unknown split"):
             there = message.partition("one of ")[2]
+            names = SPLITS.get(canonical(split), ())
+            also = [name for name in re.findall(r"'([^']+)'", there) if name in names and name != split]
+            if len(also) == 1:
+                return _hub(source, also[0])
+            if also:
+                raise InfuseError(
+                    f"{source} has several splits that could be {split!r} ({listed(also)}): ask for one by its name."
+                ) from error
             raise NoSplitError(f"{source} has no split {split!r} (it has {there}): ask for one of those.") from error
         reason = next((why for said, why in REASONS if said in message.casefold()), message[:300])
         raise InfuseError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from infuse.data.check import check, check_rows
-from infuse.data.read import NoSplitError, Source, has_splits, read
+from infuse.data.folder import NoSplitError, odd_names
+from infuse.data.read import READERS, Source, files_of, folder_of, has_splits, read
 from infuse.data.rows import Rows, Splits
 from infuse.errors import InfuseError
 
@@ -83,7 +85,14 @@ def load_splits(
         InfuseError: something cannot be read, or training on it cannot work (see `check`).
     """
 
+    taken: dict[str, tuple[Path, ...]] = {}
+    given: list[Path] = []
+
     def load(source: Source, split: str) -> Rows:
+        if source is data:
+            taken[split] = files_of(source, split)
+        else:
+            given.extend(files_of(source, split))
         return read(source, text=text, label=label, multi=multi, split=split)
 
     def own(split: str) -> Rows | None:
@@ -107,6 +116,8 @@ def load_splits(
                 "no row can be held out for validation, as every label has only one row: "
                 "add rows, or give validation data of its own."
             )
+    if (folder := folder_of(data)) is not None:
+        warnings += odd_names(folder, taken, given, READERS)
     splits = Splits(train, validated, tested)
     return splits, warnings + check(splits)
 

@@ -22,6 +22,7 @@ from infuse.errors import InfuseError
 from infuse.fingerprint import Base
 from infuse.heads import grouped
 from infuse.precision import name_of
+from infuse.processes import safe_start
 from infuse.serving import files, refusals
 from infuse.serving.files import File
 from infuse.sites import arch_of
@@ -180,12 +181,13 @@ class Apart:
         self.lock = Lock()  # a question and its answer belong together
         self.asked: float | None = None
         self.process = context.Process(target=_work, args=(theirs, name, precision, threads), daemon=True)
-        resource_tracker.ensure_running()  # or its own start, a part of the next one, would undo the mask
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _THE_SERVERS)  # inherited: Ctrl-C is for the server alone
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        with safe_start():
+            resource_tracker.ensure_running()  # or its own start, a part of the next one, would undo the mask
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, _THE_SERVERS)  # inherited: Ctrl-C is for the server
+            try:
+                self.process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         try:
             self.tokenizer = tokenizer_of(name)

@@ -86,7 +86,7 @@ def tiny(kind: str, auto: Any = AutoModel, seed: int = 0, **settings: Any) -> Pr
     config = CONFIG_MAPPING[kind](**TINY[kind] | settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = auto.from_config(config, attn_implementation="eager")
+        model = auto.from_config(config, attn_implementation="eager", trust_remote_code=False)
         for parameter in model.parameters():
             # The usual σ of 0.02 at this width leaves attention so flat that scaled keys change nothing measurable.
             if parameter.dim() > 1:

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset, Sampler
 
 from infuse.bases import BaseModel
 from infuse.data import Rows
+from infuse.data.alike import respelled
 from infuse.errors import InfuseError, listed
 from infuse.texts import Tokens, pad, tokenize
 from infuse.training.prefix import Remembered
@@ -89,7 +90,10 @@ def encode(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) 
     index = {label: i for i, label in enumerate(labels)}
     unseen = sorted({label for row in rows.label_sets() for label in row} - index.keys())
     if unseen:
-        raise InfuseError(f"The labels {listed(unseen)} do not occur in the training rows; add rows or drop them.")
+        raise InfuseError(
+            f"The labels {listed(unseen)} do not occur in the training rows; {respelled(unseen, labels)}add rows or "
+            "drop them."
+        )
     if rows.multi:
         targets = torch.zeros(len(rows), len(labels))
         for i, row in enumerate(rows.label_sets()):

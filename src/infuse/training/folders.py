@@ -1,7 +1,5 @@
 """Run folders: where things are in them, and the settings that they tell."""
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +9,9 @@ from typing import Any
 import yaml
 
 from infuse.errors import InfuseError, listed
+from infuse.escaping import csv_text
 from infuse.formats.bundle import WEIGHTS
+from infuse.plain_yaml import read_yaml
 from infuse.training.config import TrainConfig
 
 ADAPTER, AVERAGE, CHECKPOINTS, CONFIG, MODEL = "adapter", "adapter-average", "checkpoints", "config.yaml", "model"
@@ -58,8 +58,8 @@ def data_of(run: str | Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """What a file of :func:`as_yaml` says; ``None`` if it is damaged."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
 
@@ -110,9 +110,4 @@ def check_folder(folder: Path, ours: bool) -> Path:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    out = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    path.write_text(out.getvalue(), encoding="utf-8")
+    path.write_text(csv_text([*rows[:1], *([row.get(name, "") for name in rows[0]] for row in rows)]), encoding="utf-8")

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from infuse.errors import InfuseError
+from infuse.plain_yaml import read_yaml
 from infuse.precision import Precision
 from infuse.settings import FromFile, check_kinds
 from infuse.training.config import TrainConfig
@@ -79,8 +78,8 @@ class TuneConfig(FromFile):
         merged: dict[str, Any] = {}
         for item in self.space:
             try:
-                part = yaml.safe_load(item)
-            except (ValueError, RecursionError, yaml.YAMLError):
+                part = read_yaml(item)
+            except ValueError:
                 part = None
             if not isinstance(part, dict):
                 raise InfuseError(
