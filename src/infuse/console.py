@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from infuse.errors import printable
 
 if TYPE_CHECKING:  # what is shown: importing it takes seconds, which `infuse --help` need not wait for
     from infuse.calibrating.calibrate import Calibration
@@ -26,9 +29,22 @@ if TYPE_CHECKING:  # what is shown: importing it takes seconds, which `infuse --
     from infuse.tuning.run import Tuned
 
 _COMPARED = ("method", "base", "accuracy %", "trained parameters", "peak MiB", "training s", "forgetting")
-# Texts, labels and paths are the user's: brackets and colons in them are no styles and no emoji.
-out = Console(markup=False, emoji=False, highlight=False)
-err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+class _Terminal(Console):
+    """A console for anybody's texts, labels and paths: nothing in them is a style, an emoji, or moves the cursor."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text, keep="\n\t"), **how)
+
+
+out = _Terminal(markup=False, emoji=False, highlight=False)
+err = _Terminal(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def write(text: str) -> None:
+    """JSON or CSV to standard output: as it is to a file or a program, fit for the eye to a terminal."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
 def show_tuned(tuned: Tuned) -> None:
@@ -133,7 +149,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
             several = {} if given.labels is None else {"labels": given.labels}
             top = [{"label": label, "confidence": round(p, 6)} for label, p in given.top]
             whole = {"text": text, "label": given.label, **several, "confidence": round(given.confidence, 6)}
-            sys.stdout.write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
+            write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
     elif form == "csv":
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
@@ -143,7 +159,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
         for text, given in zip(texts, answers, strict=True):
             ranked = (cell for label, p in given.top for cell in (label, f"{p:.6f}"))
             writer.writerow([text, *ranked, given.label or "|".join(given.labels or ())])
-        sys.stdout.write(buffer.getvalue())
+        write(buffer.getvalue())
     else:
         table = Table()
         table.add_column("text", overflow="fold")
@@ -160,7 +176,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
 def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], rows: int, form: str) -> None:
     """Overall measures, then the labels from worst to best."""
     if form == "json":
-        sys.stdout.write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
+        write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
         return
     table = Table(
         title=f"{rows:,} rows: accuracy {100 * overall['accuracy']:.2f}, macro-F1 {100 * overall['macro_f1']:.2f}"
@@ -176,7 +192,7 @@ def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], ro
 def show_calibration(found: Calibration, form: str) -> None:
     """Confidences before and after, and what the threshold does."""
     if form == "json":
-        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+        write(json.dumps(asdict(found), indent=1) + "\n")
         return
     table = Table(
         title=f"{found.rows:,} rows, accuracy {100 * found.accuracy:.2f}", title_justify="left",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, classification_head, dotted
 from infuse.errors import InfuseError, listed
 from infuse.formats import hub_config as config_of
-from infuse.formats.bundle import Bundle, fitted, roles_of
+from infuse.formats.bundle import UNNAMED, Bundle, fitted, roles_of
+from infuse.formats.content import is_file
 from infuse.formats.peft import by_module, heads
 from infuse.method import Method, Params
 from infuse.methods.bottleneck import Bottleneck
@@ -23,7 +24,7 @@ from infuse.methods.compacter import Compacter
 from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
-from infuse.sites import Site, match_path, model_type, site_at, transformer_in
+from infuse.sites import Linears, Paths, Site, model_type, transformer_in
 
 _LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 _KINDS = re.compile(r"(?:^|\.)(adapters|loras|shared_parameters|adapter_fusion_layer)\.")
@@ -72,7 +73,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     kind = _kind(model, config)
     config_of.check_base(kind, sites)
     base = {
-        "name": str(config.get("model_name") or "an unnamed base"),
+        "name": str(config.get("model_name") or UNNAMED),
         "type": str(config.get("model_type") or ""),
         "digest": "",
     }
@@ -85,9 +86,10 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
         )
     method = config_of.bottleneck(settings, kind)
     places = containers(model, sites)
+    paths = Paths(places)
     deltas: list[tuple[Site, Method, Params]] = []
     for path, found in parts.get("adapters", {}).items():
-        place = match_path(path, places)
+        place = paths.match(path)
         if place is None:
             raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
         site = places[place]
@@ -119,7 +121,8 @@ def read_head(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Ten
         )
     inner: Any = transformer_in(model)
     others = ("heads.", f"{getattr(inner, 'base_model_prefix', '')}.")
-    copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, None)
+    tops = [name for name, _ in model.named_children()]
+    copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, tops)
     for path in copies:
         if any((site.prefix + site.path).startswith(path + ".") for site in sites):
             raise InfuseError(f"The file's head holds {path!r}, of which {type(model).__name__}'s transformer is made.")
@@ -139,8 +142,9 @@ def read_fusion(
     members = [str(m) for m in config.get("adapter_names") or name.split(",")]
     kind = _kind(model, config)
     places, deltas = containers(model, sites), []
+    paths = Paths(places)
     for path, found in grouped(tensors, name).get("adapter_fusion_layer", {}).items():
-        place = match_path(path, places)
+        place = paths.match(path)
         if place is None:
             raise InfuseError(f"The file fuses at {path!r}, which {type(model).__name__} does not have.")
         method = config_of.fusion(places[place], kind)
@@ -150,7 +154,7 @@ def read_fusion(
             n: fitted(f"{path}.{_FUSION[n]}", _take(found, path, _FUSION[n]), v.shape) for n, v in expected.items()
         }
         deltas.append((places[place], method, params))
-    base = {"name": str(config.get("model_name") or "an unnamed base"), "type": "", "digest": ""}
+    base = {"name": str(config.get("model_name") or UNNAMED), "type": "", "digest": ""}
     bundle = _bundle(deltas, name, base)
     bundle.members = members
     return bundle
@@ -272,7 +276,7 @@ def grouped(tensors: Mapping[str, Tensor], name: str) -> dict[str, dict[str, dic
 
 
 def tensors_path(folder: Path, names: Sequence[str]) -> Path:
-    return next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
+    return next((folder / n for n in names if is_file(folder / n)), folder / names[0])
 
 
 def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
@@ -322,8 +326,9 @@ def _lora(
     method = config_of.lora(settings, config)
     chosen = [r for r in ("query", "key", "value") if r[0] in settings.get("attn_matrices", ["q", "v"])]
     deltas: list[tuple[Site, Method, Params]] = []
+    linears = Linears(model, sites)
     for path, found in places.items():
-        whole = site_at(model, path, sites)
+        whole = linears.site(path)
         if whole is None:
             raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
         slices = [s for s in sites if s.module is whole.module and not s.whole and s.role in chosen]
