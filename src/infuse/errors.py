@@ -18,7 +18,7 @@ class InfuseError(ValueError):
     def __init__(self, message: object = ""):
         text = printable(str(message))
         if len(text) > _LONGEST:  # the fix stands at the end
-            text = f"{text[: _LONGEST - 500]} … {text[-500:]}"
+            text = f"{text[: _LONGEST - 503]} … {text[-500:]}"
         super().__init__(text)
 
 

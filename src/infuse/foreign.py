@@ -23,6 +23,21 @@ def refuse_options(config: Mapping[str, Any], allowed: Mapping[str, tuple], meth
             raise InfuseError(f"The file uses {option}={value!r}, which Infuse's {method} does not have.")
 
 
+def flag(config: Mapping[str, Any], option: str) -> bool:
+    """An option that is on or off; one that is left open is off."""
+    value = config.get(option)
+    if value is not None and not isinstance(value, bool):
+        raise InfuseError(f"The file's {option} is neither true nor false, but {value!r}.")
+    return bool(value)
+
+
+def number(value: Any, option: str) -> float:
+    """The value of an option that is a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InfuseError(f"The file's {option} is no number, but {value!r}.")
+    return float(value)
+
+
 _ATOM = r"(?:[\w /-]|\\[.\-/dDwW]|\[[\w. /-]+\]|\.)"
 _TOKEN = re.compile(
     rf"(?P<many>{_ATOM}[*+])|(?P<times>{_ATOM}\{{(?P<low>\d{{1,2}})(?:,(?P<high>\d{{1,2}}))?\}})"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from infuse.errors import InfuseError, listed
 
-CONFIG_BYTES, HEADER_BYTES = 4 << 20, 16 << 20
+CONFIG_BYTES, HEADER_BYTES = 4 << 20, 8 << 20
 """Of a JSON file beside an adapter's tensors, and of the header before them."""
 NAMES, NAME_LENGTH, NAME_PARTS = 100_000, 500, 50
 """How many names (of tensors, say) a file holds, how long one is, and how many parts between dots it has."""
@@ -164,7 +164,9 @@ def check_names(names: Iterable[Any], where: Path) -> None:
     """Refuse names, of tensors say, that are too many, too long, or of too many parts to be an adapter's."""
     names = list(names)
     if len(names) > NAMES:
-        raise InfuseError(f"{where} holds {len(names):,} tensors; an adapter has at most {NAMES:,}.")
+        raise InfuseError(
+            f"{where} holds {len(names):,} names where an adapter has at most {NAMES:,}, of tensors, say."
+        )
     odd = [n for n in names if not isinstance(n, str) or len(n) > NAME_LENGTH or n.count(".") >= NAME_PARTS]
     if odd:
         shown = listed([str(name)[:60] for name in odd], 3)

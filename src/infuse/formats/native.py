@@ -43,6 +43,8 @@ def parse_facts(text: str, where: Path) -> dict[str, Any]:
 
 
 def _checked(facts: dict[str, Any], where: Path) -> dict[str, Any]:
+    if type(facts["version"]) is not int or facts["version"] < 1:
+        raise TypeError(f"the form {facts['version']!r}")
     if facts["version"] > VERSION:
         raise InfuseError(
             f"The adapter was saved by a newer Infuse (its file has form {facts['version']}, and this one reads up to "
@@ -50,6 +52,8 @@ def _checked(facts: dict[str, Any], where: Path) -> dict[str, Any]:
         )
     facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
     facts["info"] = dict(facts["info"])
+    if facts["layout"] not in ("peft", "native"):
+        raise ValueError(f"the layout {facts['layout']!r}")
     lists = {name: facts.get(name) or [] for name in _LISTS}
     types = [(value, list) for value in lists.values()] + [(facts["method"], dict), (facts["name"], str)]
     types += [(value, dict) for value in (facts.get("settings") or {}).values()]

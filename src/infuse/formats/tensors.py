@@ -118,7 +118,7 @@ def _named(pickle: io.BytesIO) -> Iterator[str]:
     """What a pickle names to be called."""
     start = pickle.tell()
     for number, (operation, argument, position) in enumerate(pickletools.genops(pickle)):
-        if number > 5_000_000 or (position or 0) - start > HEADER_BYTES:
+        if number > 1_500_000 or (position or 0) - start > HEADER_BYTES:
             raise ValueError("it has no end")
         if operation.name in ("GLOBAL", "INST"):
             yield str(argument)
