@@ -24,8 +24,14 @@ from infuse.testing.conformance import output
 from infuse.training.predictor import open_run
 
 
-def read(folder: Path, base: torch.nn.Module, batch: dict[str, Any], run: bool) -> list[str]:
-    """What each way of reading made of a folder: ``read``, or the sentence that refuses it."""
+def used() -> tuple[float, float]:
+    """Seconds of a processor, and MiB at the peak, of this process up to now."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+
+
+def read(folder: Path, base: torch.nn.Module, batch: dict[str, Any], run: bool) -> dict[str, Any]:
+    """What each way of reading made of a folder: ``read``, or the sentence that refuses it; and what the worst took."""
 
     def load() -> None:
         try:
@@ -47,14 +53,19 @@ def read(folder: Path, base: torch.nn.Module, batch: dict[str, Any], run: bool) 
         served,
         *([lambda: open_run(folder, base=str(folder / "no base"))] if run else []),
     ]
-    told = []
+    case: dict[str, Any] = {"told": [], "seconds": 0.0, "MiB": 0.0}
     for way in ways:
+        seconds, size = used()
         try:
             way()
-            told.append("read")
+            case["told"].append("read")
         except infuse.InfuseError as error:
-            told.append(str(error))
-    return told
+            case["told"].append(str(error))
+        except Exception as error:
+            case["raised"] = printable(f"{type(error).__name__}: {error}")[:400]
+        after = used()
+        case |= {"seconds": max(case["seconds"], after[0] - seconds), "MiB": max(case["MiB"], after[1] - size)}
+    return case
 
 
 def main(root: Path, share: int) -> None:
@@ -71,15 +82,11 @@ def main(root: Path, share: int) -> None:
             folder = root / "case"
             shutil.copytree(forms[form], folder)
             change(folder)
-            used = resource.getrusage(resource.RUSAGE_SELF)
-            case: dict[str, Any] = {"family": family.__name__, "form": form, "title": title}
-            try:
-                case["told"] = read(folder, base, batch, run=not number % 5)
-            except Exception as error:
-                case["raised"] = printable(f"{type(error).__name__}: {error}")[:400]
-            after = resource.getrusage(resource.RUSAGE_SELF)
-            case["seconds"] = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-            case["MiB"] = (after.ru_maxrss - used.ru_maxrss) / 1024
+            case = {"family": family.__name__, "form": form, "title": title}
+            (root / "last.json").write_text(
+                json.dumps(case)
+            )  # so that whoever ends a hanging process knows where it was
+            case |= read(folder, base, batch, run=not number % 5)
             results.append(case)
             shutil.rmtree(folder)
             (root / "last.json").write_text(

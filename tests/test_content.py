@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from test_files import CONFIG, WEIGHTS, plain, rewrite  # noqa: F401  # plain is a fixture
 
 import infuse
@@ -19,6 +19,7 @@ from infuse.errors import printable
 from infuse.foreign import Patterns
 from infuse.formats import content
 from infuse.formats.content import parse_json, read_bytes
+from infuse.formats.tensors import read_safetensors
 from infuse.serving import files
 from infuse.testing import inputs, tiny
 from infuse.testing.conformance import output
@@ -124,6 +125,17 @@ def test_files_of_holes_and_of_too_many_bytes(tmp_path):
         read_bytes(tmp_path / "y", 1000)
     with pytest.raises(InfuseError, match="no name of a file"):
         read_bytes(Path("a\0b"))
+
+
+@pytest.mark.parametrize("end", [0, 4, -4])
+def test_a_large_file_is_read_if_its_header_fits_it(tmp_path, monkeypatch, end):
+    large = save({"x": torch.ones(5 << 20), "y": torch.ones(3)})
+    (tmp_path / WEIGHTS).write_bytes(large[: len(large) + end] + bytes(max(0, end)))
+    if end == 0:
+        assert read_safetensors(tmp_path / WEIGHTS) == large
+        return
+    with pytest.raises(InfuseError, match="do not end where it does"):
+        read_safetensors(tmp_path / WEIGHTS)
 
 
 @pytest.mark.parametrize(

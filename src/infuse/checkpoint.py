@@ -37,9 +37,9 @@ from infuse.formats.bundle import (
     fitted,
     write_folder,
 )
-from infuse.formats.content import is_file, read_bytes, read_json, sound
+from infuse.formats.content import is_file, read_json, sound
 from infuse.formats.native import HEAD, HEADER, VERSION, facts_of, parse_facts
-from infuse.formats.tensors import parse_tensors, read_tensors
+from infuse.formats.tensors import parse_tensors, read_safetensors, read_tensors
 from infuse.formats.vocabulary import check_vocabulary
 from infuse.heads import Head
 from infuse.method import settings
@@ -241,7 +241,7 @@ def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     weights = Path(path) / WEIGHTS
-    return facts_of(read_bytes(weights), weights)
+    return facts_of(read_safetensors(weights), weights)
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     see the old or the new file, whole.
     """
     folder, weights = Path(path), Path(path) / WEIGHTS
-    content = read_bytes(weights)  # once: the file may be replaced meanwhile
+    content = read_safetensors(weights)  # once: the file may be replaced meanwhile
     facts = facts_of(content, weights)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {folder} has no classification head.")

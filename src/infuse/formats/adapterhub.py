@@ -93,6 +93,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
         if place is None:
             raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
         site = places[place]
+        _check_new(site, deltas)
         own = config_of.at(method, settings, site, kind, found)
         deltas.append((site, own, _params(own, site, found)))
     shared = {}
@@ -147,6 +148,7 @@ def read_fusion(
         place = paths.match(path)
         if place is None:
             raise InfuseError(f"The file fuses at {path!r}, which {type(model).__name__} does not have.")
+        _check_new(places[place], deltas)
         method = config_of.fusion(places[place], kind)
         with torch.device("meta"):
             expected = method.init(places[place])
@@ -293,11 +295,14 @@ def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
 def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str, str]) -> Bundle:
     if not deltas:
         raise InfuseError(f"None of the file's tensors belongs to the adapter {name!r} that its config names.")
-    if len({s.name for s, _, _ in deltas}) < len(deltas):
-        raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
     roles = roles_of(s for s, _, _ in deltas)
     deltas = [(s, replace(m, roles=roles), p) for s, m, p in deltas]
     return Bundle(deltas[0][1], deltas, base=base, name=name)
+
+
+def _check_new(site: Site, deltas: list[tuple[Site, Method, Params]]) -> None:
+    if any(other.name == site.name for other, _, _ in deltas):  # at once: a file may name a place in any number of ways
+        raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
 
 
 def _params(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -335,6 +340,8 @@ def _lora(
         on = slices if whole.role == "qkv" else [whole]
         if isinstance(method, IA3):
             on = [config_of.ia3_site(s, sites) for s in on]
+        for site in on:
+            _check_new(site, deltas)
         with torch.device("meta"):
             expected = [method.init(site) for site in on]
         for key in expected[0]:

@@ -18,6 +18,8 @@ CONFIG_BYTES, HEADER_BYTES = 4 << 20, 8 << 20
 """Of a JSON file beside an adapter's tensors, and of the header before them."""
 NAMES, NAME_LENGTH, NAME_PARTS = 100_000, 500, 50
 """How many names (of tensors, say) a file holds, how long one is, and how many parts between dots it has."""
+TEXT_LENGTH = 4096
+"""Of other words that stand in a line: the name of a base, which may be a path."""
 DEPTH, DIGITS = 60, 50
 """How deep JSON is nested, and how long a number in it is."""
 T = TypeVar("T")
@@ -33,11 +35,13 @@ def is_file(path: Path) -> bool:
     return os.path.isfile(path)
 
 
-def read_bytes(path: Path, limit: int | None = None) -> bytes:
+def read_bytes(path: Path, limit: int | None = None, check: Callable[[bytes, int], Any] | None = None) -> bytes:
     """The content of a regular file; anything else, which may never end or never begin, isn't read at all.
 
     Args:
         limit: how many bytes it may have.
+        check: called with the first bytes of a large file (as many as a header may have) and the number of all, before
+            the others are read; it raises an error if they aren't worth it.
     Raises:
         InfuseError: with the file's name and what is wrong.
     """
@@ -50,6 +54,9 @@ def read_bytes(path: Path, limit: int | None = None) -> bytes:
                 raise InfuseError(f"{path} has {about.st_size:,} bytes, and at most {limit:,} are read of such a file.")
             if about.st_size > _SPARSE and _data(file.fileno(), about.st_size) < about.st_size // 8:
                 raise InfuseError(f"{path} is mostly a hole: hardly any of it was written; save or download it again.")
+            if check is not None and about.st_size > HEADER_BYTES + 8:
+                check(file.read(HEADER_BYTES + 8), about.st_size)
+                file.seek(0)
             return file.read(about.st_size)
     except (FileNotFoundError, NotADirectoryError):
         raise InfuseError(f"There is no file {path.name} in {path.parent}.") from None

@@ -13,7 +13,7 @@ from infuse.adapter import Adapter, Delta, dotted, key
 from infuse.errors import InfuseError, listed
 from infuse.formats import peft
 from infuse.formats.bundle import Bundle, fitted
-from infuse.formats.content import NAMES, check_names, parse_json, sound
+from infuse.formats.content import NAMES, TEXT_LENGTH, check_names, parse_json, sound
 from infuse.formats.tensors import parse_metadata
 from infuse.heads import Head
 from infuse.method import Method, make
@@ -24,6 +24,7 @@ HEADER = "infuse"
 VERSION = 1
 """Of the header's form; files of a later one are refused."""
 HEAD = "infuse.head."
+_MEMBERS = 500
 _LISTS = ("sites", "members", "copies")
 
 
@@ -50,12 +51,14 @@ def _checked(facts: dict[str, Any], where: Path) -> dict[str, Any]:
             f"The adapter was saved by a newer Infuse (its file has form {facts['version']}, and this one reads up to "
             f"{VERSION}); update Infuse."
         )
-    facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
+    facts["base"] = {k: facts["base"][k] for k in ("name", "type", "digest")}
+    if odd := [w for w in (facts["name"], *facts["base"].values()) if not isinstance(w, str) or len(w) > TEXT_LENGTH]:
+        raise TypeError(f"the name {str(odd[0])[:80]!r}")
     facts["info"] = dict(facts["info"])
     if facts["layout"] not in ("peft", "native"):
         raise ValueError(f"the layout {facts['layout']!r}")
     lists = {name: facts.get(name) or [] for name in _LISTS}
-    types = [(value, list) for value in lists.values()] + [(facts["method"], dict), (facts["name"], str)]
+    types = [(value, list) for value in lists.values()] + [(facts["method"], dict)]
     types += [(value, dict) for value in (facts.get("settings") or {}).values()]
     if wrong := next((value for value, kind in types if not isinstance(value, kind)), None):
         raise TypeError(f"a {type(wrong).__name__} in an odd place")
@@ -64,6 +67,8 @@ def _checked(facts: dict[str, Any], where: Path) -> dict[str, Any]:
         if len(set(words)) < len(words):
             raise ValueError(f"its {name} name one twice")
     facts |= lists
+    if len(facts["members"]) > _MEMBERS:
+        raise ValueError(f"{len(facts['members']):,} members")
     for member in facts["members"]:
         check_name(member)
     if facts["head"] is not None:

@@ -28,8 +28,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         InfuseError: the file is missing, truncated, corrupt, holds objects, tensors that are larger than what they
             store, or values that are not finite.
     """
-    content = read_bytes(path)
-    return parse_tensors(content, path) if path.suffix == ".safetensors" else (_parse_pickled(content, path), {})
+    if path.suffix == ".safetensors":
+        return parse_tensors(read_safetensors(path), path)
+    return _parse_pickled(read_bytes(path), path), {}
+
+
+def read_safetensors(path: Path) -> bytes:
+    """The content of a ``.safetensors`` file; only its beginning is read if the header does not fit the file."""
+    return read_bytes(path, check=lambda start, size: parse_metadata(start, path, size))
 
 
 def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -46,13 +52,16 @@ def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[s
     return _finite(tensors, path), metadata
 
 
-def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
+def parse_metadata(content: bytes, path: Path, size: int | None = None) -> dict[str, str]:
     """The header metadata of the content of a ``.safetensors`` file: eight bytes of length, then JSON.
 
     The names and shapes of the tensors are held to their limits here, before anything is made of them.
+
+    Args:
+        size: of the whole file, of which ``content`` may be the beginning.
     """
-    length = int.from_bytes(content[:8], "little")
-    if length > len(content) - 8:
+    length, size = int.from_bytes(content[:8], "little"), size or len(content)
+    if length > size - 8:
         raise InfuseError(f"{path} {_TRUNCATED} (its header ends after it); save or download it again.")
     if length > HEADER_BYTES:
         raise InfuseError(f"{path} has a header of {length:,} bytes; an adapter's has at most {HEADER_BYTES:,}.")
@@ -60,13 +69,18 @@ def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
     metadata = head.pop("__metadata__", {})
     check_names(head, path)
     sound = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    if not sound or not all(isinstance(about, dict) and _is_shape(about.get("shape")) for about in head.values()):
+    if not sound or not all(isinstance(about, dict) and _is_tensor(about) for about in head.values()):
         raise InfuseError(f"{path} {_TRUNCATED} (its header does not describe tensors); save or download it again.")
+    if 8 + length + max((about["data_offsets"][1] for about in head.values()), default=0) != size:
+        raise InfuseError(f"{path} {_TRUNCATED} (its tensors do not end where it does); save or download it again.")
     return metadata
 
 
-def _is_shape(shape: Any) -> bool:
-    return isinstance(shape, list) and len(shape) <= _DIMENSIONS and all(type(size) is int for size in shape)
+def _is_tensor(about: dict[str, Any]) -> bool:
+    shape, offsets = about.get("shape"), about.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(shape) > _DIMENSIONS or len(offsets) != 2:
+        return False
+    return all(type(number) is int for number in (*shape, *offsets))
 
 
 def _parse_pickled(content: bytes, path: Path) -> dict[str, Tensor]:
@@ -97,7 +111,7 @@ def _check_pickled(content: bytes) -> None:
     Raises:
         ValueError: with the reason; of other types, if it is no file of torch's.
     """
-    if content.startswith(b"PK"):
+    if content.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             if len(entries) > 100_100 or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
