@@ -34,7 +34,7 @@ def test_offloaded_models_are_refused(method, kind, tmp_path):
     before = state_of(model)
     for attach in (lambda: infuse.attach(model, method), lambda: load(model, tmp_path, any_base=True),
                    lambda: load(model, tmp_path)):  # fmt: skip
-        with pytest.raises(InfuseError, match="offloaded or not loaded.*load the model whole"):
+        with pytest.raises(InfuseError, match=r"offloaded or not loaded.*load the model whole"):
             attach()
         assert state_of(model) == before
     cpu_offload(whole, execution_device=torch.device("cpu"))
@@ -80,7 +80,7 @@ def test_quantised_weights_are_adapted_and_refused_where_they_would_be_read(meth
     adapted = output(model, inputs(model))
     assert not torch.equal(adapted, bare)
     if infuse.make(method).mergeable:
-        with pytest.raises(InfuseError, match="A merge needs the weight of .* quantised"):
+        with pytest.raises(InfuseError, match=r"A merge needs the weight of .* quantised"):
             infuse.merge(model, "a")
     assert torch.equal(output(model, inputs(model)), adapted)
     infuse.detach(model)
@@ -212,5 +212,5 @@ def test_modules_that_are_gone_are_told():
         model(**inputs(model))
     del model.encoder.layer[0].attention.self.query
     model.encoder.layer[0].attention.self.query = None
-    with pytest.raises(InfuseError, match="has no .*query any more"):
+    with pytest.raises(InfuseError, match=r"has no .*query any more"):
         model(**inputs(model))

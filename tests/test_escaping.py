@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from infuse import console
 from infuse.cli import main
-from infuse.escaping import cell, markdown, visible
+from infuse.errors import printable
+from infuse.escaping import cell, markdown
 from infuse.heads import Answer, Ranked
 from infuse.report import Column, Point, Report, Scatter, Table
 from infuse.report.html import as_html
@@ -43,14 +44,14 @@ def test_numbers_and_other_texts_stay(value):
 
 @pytest.mark.parametrize("text", EFFECTS)
 def test_effects_are_escapes(text):
-    shown = visible(text)
+    shown = printable(text)
     assert shown != text and all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in shown)
     assert shown.encode() and "\\" in shown
 
 
 @pytest.mark.parametrize("text", KEPT)
 def test_what_scripts_and_emoji_need_stays(text):
-    assert visible(text) == text
+    assert printable(text) == text
 
 
 @given(st.text())

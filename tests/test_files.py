@@ -8,7 +8,6 @@ import random
 import threading
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ import infuse
 from infuse import IA3, InfuseError, LoRA
 from infuse.adapter import Adapter
 from infuse.checkpoint import HEADER, VERSION, amend, header
+from infuse.formats.tensors import read_safetensors
 from infuse.heads import Head, classify
 from infuse.model import store_of
 from infuse.testing import inputs, tiny, wake
@@ -140,13 +140,13 @@ def test_the_header_tells_without_a_model(folder, plain):
 
 def test_the_header_is_read_without_the_tensors(folder, monkeypatch):
     facts = header(folder)
-    monkeypatch.setattr("infuse.formats.bundle.from_safetensors", None)
+    monkeypatch.setattr("infuse.formats.tensors.from_safetensors", None)
     assert header(folder) == facts
 
 
 def test_amending_takes_facts_and_tensors_of_one_file(folder, monkeypatch):
     """Even if the adapter is replaced meanwhile."""
-    before, real = load((folder / WEIGHTS).read_bytes()), Path.read_bytes  # no view of a file that changes
+    before, real = load((folder / WEIGHTS).read_bytes()), read_safetensors  # no view of a file that changes
 
     def read(path):
         content = real(path)
@@ -154,7 +154,7 @@ def test_amending_takes_facts_and_tensors_of_one_file(folder, monkeypatch):
         return content
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_bytes", read)
+        patched.setattr("infuse.checkpoint.read_safetensors", read)
         amend(folder, head={"temperature": 2.0}, info={"why": "so"})
     facts, after = header(folder), load_file(folder / WEIGHTS)
     assert (facts["name"], facts["head"]["temperature"], facts["info"]) == ("a", 2.0, {"why": "so"})

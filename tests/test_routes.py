@@ -140,7 +140,7 @@ def test_a_task_that_a_stream_starts_is_told_that_its_route_is_unknown(asked):
 
     async def stream():
         with infuse.route(asked.model, "a"):
-            with pytest.raises(InfuseError, match="use infuse.route within the task"):
+            with pytest.raises(InfuseError, match=r"use infuse\.route within the task"):
                 await asyncio.gather(later())
             yield
 

@@ -14,7 +14,7 @@ from running import TOKEN, Inside, until
 from serving import HEADERS, broken_files, write
 from test_files import CONFIG, WEIGHTS, rewrite
 
-from infuse import InfuseError
+from infuse import InfuseError, formats
 from infuse.bases import load_base
 from infuse.serving import files
 from infuse.serving.engine import open_model
@@ -176,7 +176,7 @@ def test_values_that_overflow_are_a_refusal_and_touch_no_other_row(server, folde
     gate.set()
     for thread in threads:
         thread.join()
-    assert got["vast"].status == 409 and "'vast' can't be used: its values are too large" in got["vast"].error
+    assert got["vast"].status == 409 and "'vast' can't be used: The adapter's values are too large" in got["vast"].error
     assert got["ada"].status == 200 and close(got["ada"].json, before)
     items = [{"adapter": name, "texts": ["hello"]} for name in ("ada", "vast")]
     assert server.ask("POST", "/v1/classify", items).status == 409
@@ -371,15 +371,15 @@ def check_no_space(server, folder, shelf, old):
 
 def test_a_file_that_cannot_be_read(server, folder, monkeypatch):
     """Rights, or a disk that fails under the file."""
-    before, real = server.classify("ada", "hello").json, Path.read_bytes
+    before, real = server.classify("ada", "hello").json, formats.content._open
 
-    def read(path):
-        if path.parent.name in ("ada", "cyd") and path.name == WEIGHTS:
+    def opened(path, flags):
+        if Path(path).parent.name in ("ada", "cyd"):
             raise OSError(5, "Input/output error")
-        return real(path)
+        return real(path, flags)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "read_bytes", read)
+        patched.setattr(formats.content, "_open", opened)
         os.utime(folder / "ada" / WEIGHTS)
         assert server.classify("cyd", "hello").status == 409
         assert "can't be read: Input/output error" in until(lambda: state(server, "ada")["error"])

@@ -9,7 +9,7 @@ from torch import nn
 
 import infuse
 from infuse import IA3, Arch, InfuseError, LoRA, Stack
-from infuse.sites import match_path, site_at
+from infuse.sites import Paths, site_at
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
@@ -60,9 +60,9 @@ def test_a_path_that_fits_two_places_alike_is_refused():
     q = "block.0.layer.0.SelfAttention.q"
     linear = [n for n, m in tiny("t5").named_modules() if isinstance(m, nn.Linear)]
     with pytest.raises(InfuseError, match=f"fits several.*encoder.{q}, decoder.{q}"):
-        match_path(q, linear)
+        Paths(linear).match(q)
     for path in (f"encoder.{q}", f"transformer.encoder.{q}"):
-        assert match_path(path, linear) == f"encoder.{q}"
+        assert Paths(linear).match(path) == f"encoder.{q}"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3", "modernbert"])

@@ -7,7 +7,7 @@ folder as its own.
 """
 
 import json
-import re
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, Delta, copies, dotted, fresh, key
 from infuse.arch import Arch
 from infuse.checks import check_model
-from infuse.errors import InfuseError, listed
+from infuse.errors import InfuseError, listed, printable
 from infuse.fingerprint import Base
-from infuse.formats import adapterhub, peft
+from infuse.formats import adapterhub, native, peft
 from infuse.formats.bundle import (
     CONFIG,
     HUB_FUSION,
@@ -32,26 +32,21 @@ from infuse.formats.bundle import (
     HUB_HEAD_WEIGHTS,
     HUB_WEIGHTS,
     PICKLED,
+    UNNAMED,
     WEIGHTS,
     Bundle,
     fitted,
-    parse_metadata,
-    parse_tensors,
-    read_bytes,
-    read_json,
-    read_tensors,
     write_folder,
-)  # fmt: skip
+)
+from infuse.formats.content import is_file, read_json, sound
+from infuse.formats.native import HEAD, HEADER, VERSION, facts_of, parse_facts
+from infuse.formats.tensors import parse_tensors, read_safetensors, read_tensors
+from infuse.formats.vocabulary import check_vocabulary
 from infuse.heads import Head
-from infuse.method import make, settings
+from infuse.method import settings
 from infuse.model import attach_at, attach_mixer, check_name, detach, host_of
-from infuse.sites import Site, arch_of, find_sites, site_at
+from infuse.sites import Site, arch_of, find_sites, transformer_in
 from infuse.store import owner_of, store_in, store_of
-
-HEADER = "infuse"
-VERSION = 1
-"""Of the header's form; files of a later one are refused."""
-_HEAD = "infuse.head."
 
 
 def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse") -> Path:
@@ -94,9 +89,9 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     }
     if isinstance(adapter.head, Head):
         header["head"] = adapter.head.settings()
-        tensors |= {_HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
+        tensors |= {HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
     tensors = {n: v.cpu() for n, v in tensors.items()}
-    weights = to_safetensors(tensors, {"format": "pt", HEADER: json.dumps(header)})
+    weights = to_safetensors(tensors, {"format": "pt", HEADER: native.dumped(header)})
     folder = Path(path)
     write_folder(folder, {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights})
     return folder
@@ -123,16 +118,26 @@ def load(
         InfuseError: a file is missing, truncated, corrupt or hostile; shapes do not fit; the base is another one. The
             model is as it was.
     """
+    return _load(model, Path(path), name, arch=arch, any_base=any_base)
+
+
+def _load(
+    model: nn.Module, path: Path, name: str | None, *, arch: Arch | None, any_base: bool, member: bool = False
+) -> Adapter:
     bundle = read(model, path, arch=arch, any_base=any_base)
+    if member and bundle.members:  # which may well be itself, without end
+        raise InfuseError(f"The file in {path} mixes adapters and is a member of a mixture; members mix nothing.")
+    if not any_base:
+        _warn_of_base(model, bundle)
     store = store_in(model)
     have, before = (set(store.adapters), store.choice()) if store else (set(), None)
     try:
-        for member in bundle.members:
-            folder = Path(path) / "members" / check_name(member)
-            if member not in have:
-                load(model, folder, member, arch=arch, any_base=any_base)
-            elif folder.is_dir():
-                _check_member(model, member, read(model, folder, arch=arch, any_base=any_base))
+        for each in bundle.members:
+            folder = path / "members" / check_name(each)
+            if each not in have:
+                _load(model, folder, each, arch=arch, any_base=any_base, member=True)
+            elif os.path.isdir(folder):
+                _check_member(model, each, read(model, folder, arch=arch, any_base=any_base))
         return attach_bundle(model, bundle, name, arch=arch)
     except BaseException:
         new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
@@ -148,39 +153,38 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
     """What a folder holds, matched to a model's sites; the model is not touched."""
     model, folder = host_of(model, arch), Path(path)
     check_model(model)
-    if (folder / HUB_FUSION).is_file() or adapterhub.tensors_path(folder, HUB_WEIGHTS).is_file():
+    if is_file(folder / HUB_FUSION) or is_file(adapterhub.tensors_path(folder, HUB_WEIGHTS)):
         return _read_adapterhub(model, folder, _sites(model, arch))
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InfuseError(f"There is no folder {folder}; give the folder that holds {CONFIG} and {WEIGHTS}.")
     weights = folder / WEIGHTS
-    if not weights.exists() and (folder / PICKLED).exists():
+    if not os.path.exists(weights) and os.path.exists(folder / PICKLED):
         weights = folder / PICKLED
     tensors, metadata = read_tensors(weights)
     if HEADER in metadata:
-        return _matched(model, tensors, metadata, weights, arch, any_base)
+        return _matched(model, tensors, parse_facts(metadata[HEADER], weights), weights, arch, any_base)
     sites = _sites(model, arch)
     config = read_json(folder / CONFIG)
     if "peft_type" not in config:
         raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
-    return _sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
+    return sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
 
 
 @fresh()
 def read_content(model: nn.Module, content: bytes, where: Path) -> Bundle:
     """What the content of an Infuse file holds, matched to a model's sites; ``where`` names it in errors."""
-    facts_of(content, where)
-    return _matched(host_of(model), *parse_tensors(content, where), where)
+    facts = facts_of(content, where)
+    return _matched(host_of(model), parse_tensors(content, where)[0], facts, where)
 
 
 def _matched(
-    model: nn.Module, tensors: dict[str, Tensor], metadata: Mapping[str, str], where: Path,
+    model: nn.Module, tensors: dict[str, Tensor], facts: Mapping[str, Any], where: Path,
     arch: Arch | None = None, any_base: bool = False,
 ) -> Bundle:  # fmt: skip
-    facts = _sound(lambda: _facts(metadata[HEADER]), where)
     if not any_base:
         _check_base(model, facts["base"], arch)
     sites = _sites(model, arch)
-    return _sound(lambda: _read_native(model, sites, tensors, facts), where)
+    return sound(lambda: native.read(model, sites, tensors, facts), where)
 
 
 @fresh()
@@ -210,7 +214,11 @@ def _built(model: nn.Module, bundle: Bundle, name: str) -> Adapter:
         own = adapter.copies[key(path)]
         expected = own.state_dict()
         if missing := expected.keys() - state.keys():
-            raise InfuseError(f"The file's copy of {path} lacks {listed(missing)}.")
+            raise InfuseError(f"The file's copy of {path} lacks {listed(sorted(missing))}.")
+        if extra := state.keys() - expected.keys() - dict(own.named_buffers()).keys():
+            raise InfuseError(f"The file's copy of {path} has {listed(sorted(extra))}, which this model's lacks.")
+        for n, v in expected.items():
+            check_vocabulary(owner_of(model), path, state[n].shape, v.shape)
         # The deltas fit, so that the base is the right one.
         why = "the adapter's head has another number of labels; load the base with its num_labels"
         own.load_state_dict({n: fitted(f"{path}.{n}", state[n], v.shape, why) for n, v in expected.items()})
@@ -240,15 +248,7 @@ def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     weights = Path(path) / WEIGHTS
-    return facts_of(read_bytes(weights), weights)
-
-
-def facts_of(content: bytes, where: Path) -> dict[str, Any]:
-    """:func:`header` of a file's content; its tensors aren't looked at."""
-    metadata = parse_metadata(content, where)
-    if HEADER not in metadata:
-        raise InfuseError(f"{where} was not written by Infuse; load it onto a model to see what it holds.")
-    return _sound(lambda: _facts(metadata[HEADER]), where)
+    return facts_of(read_safetensors(weights), weights)
 
 
 @dataclass(frozen=True)
@@ -274,8 +274,8 @@ def setup_of(facts: Mapping[str, Any], where: Path) -> Setup:
             raise TypeError(f"of the run's {listed(wrong)}")
         return setup
 
-    setup = _sound(build, where)
-    if setup.max_length < 4:  # no room for a word between the special tokens
+    setup = sound(build, where)
+    if not 4 <= setup.max_length <= 10**7:  # no room for a word between the special tokens; more than any text has
         raise InfuseError(f"{where} cuts texts at {setup.max_length} tokens; train it with max_length 4 or more.")
     return setup
 
@@ -287,110 +287,30 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     see the old or the new file, whole.
     """
     folder, weights = Path(path), Path(path) / WEIGHTS
-    content = read_bytes(weights)  # once: the file may be replaced meanwhile
+    content = read_safetensors(weights)  # once: the file may be replaced meanwhile
     facts = facts_of(content, weights)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {folder} has no classification head.")
     facts["head"] |= head
     facts["info"] |= info
     tensors, metadata = parse_tensors(content, weights)
-    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})}, whole=False)
-
-
-def _facts(text: str) -> dict[str, Any]:
-    facts = dict(json.loads(text))
-    if facts["version"] > VERSION:
-        raise InfuseError(
-            f"The adapter was saved by a newer Infuse (its file has form {facts['version']}, and this one reads up to "
-            f"{VERSION}); update Infuse."
-        )
-    facts["base"] = {k: str(facts["base"][k]) for k in ("name", "type", "digest")}
-    facts["info"] = dict(facts["info"])
-    if facts["head"] is not None:
-        with torch.device("meta"):
-            facts["head"] = Head(**facts["head"]).settings()
-    return facts
-
-
-def _read_native(model: nn.Module, sites: list[Site], tensors: dict[str, Tensor], head: dict[str, Any]) -> Bundle:
-    method = make(head["method"])
-    known = {s.name: s for s in sites}
-    chosen = []
-    for name in head["sites"]:
-        stem = name.removesuffix(":input")
-        site = known.get(name) or known.get(stem) or site_at(model, stem, sites)
-        if site is None:
-            raise InfuseError(
-                f"The adapter has a delta at {name!r}, which {type(model).__name__} does not have: "
-                f"it was made for {head['base']['name']!r} ({head['base']['type']})."
-            )
-        chosen.append(replace(site, name=name, side="input") if name.endswith(":input") else site)
-    own = {name: make(value) for name, value in head["settings"].items()}
-    bundle = Bundle(method, [], base=head["base"], info=head["info"], name=str(head["name"]))
-    bundle.members = [str(m) for m in head.get("members", [])]
-    plain = {n: v for n, v in tensors.items() if not n.startswith(_HEAD)}
-    if head["layout"] == "peft":
-        grouped, rest, _ = peft.modules(model, type(method), plain)
-        for path, on in peft.by_module(chosen).items():
-            at = own.get(on[0].name, method)
-            found = grouped.pop(path, {})
-            bundle.deltas += [(s, at, p) for s, p in zip(on, _unfused(at, on, found), strict=True)]
-        if grouped:
-            raise InfuseError(f"The file holds tensors that its description lacks: those for {listed(grouped, 3)}.")
-        bundle.copies = peft.heads(model, rest, [path.rsplit(".", 1)[-1] for path in head["copies"]])
-    else:
-        _fill(bundle, chosen, own, plain)
-    if head["head"] is not None:
-        parts = {n.removeprefix(_HEAD): v for n, v in tensors.items() if n.startswith(_HEAD)}
-        bundle.head = Head.restore(head["head"], parts)
-    order = {name: i for i, name in enumerate(head["sites"])}
-    bundle.deltas.sort(key=lambda delta: order[delta[0].name])
-    return bundle
-
-
-def _unfused(method: Any, on: list[Site], found: Mapping[str, Tensor]) -> list[Any]:
-    if len(on) == 1 and on[0].whole:
-        return [peft.named(method, on[0], found)]
-    whole = replace(on[0], start=0, stop=on[0].out_features)
-    return method.split(peft.named(method.fused(len(on)), whole, found), on)
-
-
-def _fill(bundle: Bundle, sites: list[Site], own: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
-    def take(name: str, like: Tensor) -> Tensor:
-        if name not in tensors:
-            raise InfuseError(f"The file lacks the tensor {name!r}; save or download it again.")
-        return fitted(name, tensors.pop(name), like.shape)
-
-    with torch.device("meta"):
-        shared = bundle.method.shared(sites)
-    bundle.shared = {n: take(f"shared.{n}", v) for n, v in shared.items()}
-    for site in sites:
-        method = own.get(site.name, bundle.method)
-        method.check(site)  # before init, and site by site: settings that no tensors go with may ask for much work
-        with torch.device("meta"):
-            fresh = method.init(site)
-        bundle.deltas.append((site, method, {n: take(f"deltas.{site.name}.{n}", v) for n, v in fresh.items()}))
-    for name, value in tensors.items():
-        if not name.startswith("copies."):
-            raise InfuseError(f"The file holds a tensor that its description lacks: {name!r}.")
-        path, _, rest = name.removeprefix("copies.").partition("/")
-        bundle.copies.setdefault(path, {})[rest] = value
+    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: native.dumped(facts)})}, whole=False)
 
 
 def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundle:
     def parse() -> Bundle:
-        if (folder / HUB_FUSION).is_file():
+        if is_file(folder / HUB_FUSION):
             config = read_json(folder / HUB_FUSION)
             tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_FUSION_WEIGHTS))
             return adapterhub.read_fusion(model, sites, tensors, config)
         tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_WEIGHTS))
         bundle = adapterhub.read(model, sites, tensors, read_json(folder / CONFIG))
         head = adapterhub.tensors_path(folder, HUB_HEAD_WEIGHTS)
-        if head.is_file():
+        if is_file(head):
             bundle.copies = adapterhub.read_head(model, sites, read_tensors(head)[0])
         return bundle
 
-    return _sound(parse, folder)
+    return sound(parse, folder)
 
 
 def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
@@ -414,7 +334,7 @@ def config_of(model: nn.Module, name: str) -> dict[str, Any]:
 def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if peft.expressible(adapter):
         return peft.write(model, adapter)
-    tensors = {name: value.detach().contiguous() for name, value in _native(adapter).items()}
+    tensors = {name: value.detach().contiguous() for name, value in native.written(adapter).items()}
     return tensors, {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
 
 
@@ -437,15 +357,6 @@ def _adapterhub_files(model: nn.Module, adapter: Adapter, members: list[Adapter]
     return files
 
 
-def _native(adapter: Adapter) -> dict[str, Tensor]:
-    tensors = {f"shared.{n}": v for n, v in adapter.shared.items()}
-    for name in adapter.sites:
-        tensors |= {f"deltas.{name}.{n}": v for n, v in _delta(adapter, name).params.items()}
-    for path, module in adapter.copies.items():
-        tensors |= {f"copies.{dotted(path)}/{n}": v for n, v in module.state_dict().items()}
-    return tensors
-
-
 def _delta(adapter: Adapter, site: str) -> Delta:
     return adapter.deltas[key(site)]  # type: ignore[return-value]  # a Delta: nothing else is put there
 
@@ -466,12 +377,25 @@ def _check_base(model: nn.Module, base: Mapping[str, str], arch: Arch | None) ->
         )
 
 
-def _sound(parse: Any, where: Path) -> Any:
-    """Run a parser over a file's header; whatever is not as it should be becomes one sentence."""
-    try:
-        return parse()
-    except InfuseError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, re.error) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise InfuseError(f"The description in {where} is damaged ({reason}).") from None
+def _warn_of_base(model: nn.Module, bundle: Bundle) -> None:
+    """Say so where a file of another library names another base; it has no fingerprint that could settle it."""
+    if bundle.base is None or bundle.base["digest"]:
+        return
+    made, have = bundle.base["name"], getattr(transformer_in(owner_of(model)), "name_or_path", "")
+    names = [_short_name(each) for each in (made, have)]
+    if all(names) and names[0] != names[1]:
+        warnings.warn(
+            printable(
+                f"The adapter was made for {made!r}, but this model is {have!r}: unless the two are one, its answers "
+                "are wrong. Load it onto its own base, or pass any_base=True."
+            ),
+            stacklevel=4,
+        )
+
+
+def _short_name(name: str) -> str:
+    """What is left of a model's name without its owner, its folder or its revision; empty if that tells nothing."""
+    parts = [part for part in name.replace("\\", "/").split("/") if part.strip(".")]
+    cached = [part.split("--")[-1] for part in parts if part.startswith("models--")]
+    short = (cached or parts or [""])[-1].partition("@")[0].lower()
+    return "" if name == UNNAMED else short

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from infuse.escaping import csv_text, visible
+from infuse.errors import printable
+from infuse.escaping import csv_text
 
 if TYPE_CHECKING:  # what is shown: importing it takes seconds, which `infuse --help` need not wait for
     from infuse.calibrating.calibrate import Calibration
@@ -36,25 +37,30 @@ class Screen(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str("\n".join(map(visible, text.split("\n"))), **options)
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     def tell(self, text: str, style: str | None = None) -> None:
         """One line, however long, whatever is in it."""
-        self.print(visible(text), style=style, soft_wrap=True)
+        self.print(printable(text), style=style, soft_wrap=True)
 
 
 class Grid(Table):
     """A table in whose cells and titles a line break is an escape too; ``titles`` stand on a line each."""
 
     def __init__(self, *titles: str, **options: Any):
-        super().__init__(title="\n".join(map(visible, titles)) or None, title_justify="left", **options)
+        super().__init__(title="\n".join(map(printable, titles)) or None, title_justify="left", **options)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(visible(text) if isinstance(text, str) else text for text in cells), **options)
+        super().add_row(*(printable(text) if isinstance(text, str) else text for text in cells), **options)
 
 
 out = Screen()
 err = Screen(stderr=True)
+
+
+def write(text: str) -> None:
+    """JSON or CSV to standard output: as it is to a file or a program, fit for the eye to a terminal."""
+    sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
 
 
 def show_tuned(tuned: Tuned) -> None:
@@ -159,7 +165,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
             several = {} if given.labels is None else {"labels": given.labels}
             top = [{"label": label, "confidence": round(p, 6)} for label, p in given.top]
             whole = {"text": text, "label": given.label, **several, "confidence": round(given.confidence, 6)}
-            sys.stdout.write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
+            write(json.dumps({**whole, "predictions": top}, ensure_ascii=False) + "\n")
     elif form == "csv":
         count = len(answers[0].top) if answers else 0
         ranks = (f"{what}_{i + 1}" for i in range(count) for what in ("label", "confidence"))
@@ -167,7 +173,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
         for text, given in zip(texts, answers, strict=True):
             ranked = (cell for label, p in given.top for cell in (label, f"{p:.6f}"))
             lines.append([text, *ranked, given.label or "|".join(given.labels or ())])
-        sys.stdout.write(csv_text(lines))
+        write(csv_text(lines))
     else:
         table = Grid()
         table.add_column("text", overflow="fold")
@@ -184,7 +190,7 @@ def show_predictions(texts: Sequence[str], answers: Sequence[Answer], form: str)
 def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], rows: int, form: str) -> None:
     """Overall measures, then the labels from worst to best."""
     if form == "json":
-        sys.stdout.write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
+        write(json.dumps({"rows": rows, **overall, "per_class": classes}, indent=1) + "\n")
         return
     table = Grid(f"{rows:,} rows: accuracy {100 * overall['accuracy']:.2f}, macro-F1 {100 * overall['macro_f1']:.2f}")
     for column in ("label", "precision", "recall", "F1", "rows"):
@@ -198,7 +204,7 @@ def show_evaluation(overall: dict[str, float], classes: list[dict[str, Any]], ro
 def show_calibration(found: Calibration, form: str) -> None:
     """Confidences before and after, and what the threshold does."""
     if form == "json":
-        sys.stdout.write(json.dumps(asdict(found), indent=1) + "\n")
+        write(json.dumps(asdict(found), indent=1) + "\n")
         return
     table = Grid(
         f"{found.rows:,} rows, accuracy {100 * found.accuracy:.2f}",

@@ -6,20 +6,14 @@ JSON needs none of this: it holds data exactly.
 import csv
 import io
 import re
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-_UNSEEN = re.compile("[\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
-"""What moves, hides or turns the text around it; not the joiners that scripts and emoji need."""
+from infuse.errors import printable
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _MARKED = re.compile(r"([\\|<>*_`\[\]~$&])")
-
-
-def visible(text: str) -> str:
-    """A text on one line without effects: control characters, turns of direction and what can't be seen as escapes."""
-    return "".join(_escape(c) if _UNSEEN.match(c) or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
 def cell(value: Any) -> Any:
@@ -44,9 +38,5 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
 def markdown(text: str) -> str:
     """A text as it is in Markdown, on one line: no HTML, no marks, no columns."""
-    flat = _MARKED.sub(r"\\\1", visible(" ".join(text.split())))
+    flat = _MARKED.sub(r"\\\1", printable(" ".join(text.split())))
     return f"\\{flat}" if flat.startswith(("#", "+", "-", "=")) else flat
-
-
-def _escape(c: str) -> str:
-    return c.encode("unicode_escape").decode()

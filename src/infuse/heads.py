@@ -193,6 +193,12 @@ class Head(nn.Module):
         return head
 
 
+def check_finite(values: np.ndarray | Tensor) -> None:
+    """Refuse logits or probabilities that are no numbers: finite weights may overflow, on some texts and not on all."""
+    if not np.isfinite(np.asarray(values)).all():
+        raise InfuseError("The adapter's values are too large to compute with; train it again.")
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

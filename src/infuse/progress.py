@@ -6,7 +6,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from infuse.console import err
-from infuse.escaping import visible
+from infuse.errors import printable
 from infuse.tuning.run import Standing
 from infuse.units import duration
 
@@ -80,7 +80,7 @@ class ShowTuning:
         if err.is_terminal:
             if self.task is None:
                 self.task = self.progress.add_task("tuning", total=standing.wanted, note="")
-            note = visible("  ".join(filter(None, (best, left, standing.now))))
+            note = printable("  ".join(filter(None, (best, left, standing.now))))
             self.progress.update(self.task, completed=done, note=note)
         elif standing.event:
             parts = (standing.event, best, f"{done} of {standing.wanted} trials", left)

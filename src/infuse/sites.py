@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -179,32 +180,73 @@ def check_roles(roles: Iterable[str]) -> None:
             raise InfuseError(f"Unknown role {role!r}; the roles are {listed(ROLES, 20)}.")
 
 
-def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:
-    """The site that stands for the whole output of the linear module at ``path``, in the table or not.
+class Paths:
+    """Dotted paths, among which others are found that carry more or less prefix."""
 
-    ``path`` may carry more or less prefix than the module's path in ``model``; ``None`` if no linear module fits.
-    """
-    known = {s.prefix + s.path: s for s in sites if s.side == "output" and s.whole}
-    name = match_path(path, (n for n, m in model.named_modules() if linear_features(m)))
-    if name is None:
-        return None
-    return known.get(name) or _site(model.get_submodule(name), name, "module", "", 0, name, "")
+    def __init__(self, paths: Iterable[str]):
+        self.paths = dict.fromkeys(paths)
+        self.ends: dict[str, list[str]] = {}
+        for path in self.paths:
+            for end in _ends(path):
+                self.ends.setdefault(end, []).append(path)
 
+    def match(self, path: str) -> str | None:
+        """The one that equals ``path`` up to a prefix on either side; the closest one wins.
 
-def match_path(path: str, candidates: Iterable[str]) -> str | None:
-    """The candidate whose dotted path equals ``path`` up to a prefix on either side; the closest one wins.
-
-    Raises:
-        InfuseError: two are equally close.
-    """
-    fits: dict[int, list[str]] = {}
-    for each in candidates:
-        if each == path or each.endswith("." + path) or path.endswith("." + each):
+        Raises:
+            InfuseError: two are equally close.
+        """
+        fits: dict[int, list[str]] = {}
+        for each in (*self.ends.get(path, ()), *(end for end in _ends(path) if end != path and end in self.paths)):
             fits.setdefault(abs(each.count(".") - path.count(".")), []).append(each)
-    closest = fits[min(fits)] if fits else [None]
-    if len(closest) > 1:
-        raise InfuseError(f"{path!r} fits several modules of the model alike: {listed(closest)}; write out its path.")
-    return closest[0]
+        closest = fits[min(fits)] if fits else [None]
+        if len(closest) > 1:
+            raise InfuseError(
+                f"{path!r} fits several modules of the model alike: {listed(closest)}; write out its path."
+            )
+        return closest[0]
+
+
+def _ends(path: str) -> Iterator[str]:
+    """A dotted path, and what is left of it without its first part, its first two, and so on."""
+    yield path
+    while "." in path:
+        path = path.partition(".")[2]
+        yield path
+
+
+class Linears:
+    """The linear modules of a model as sites, in the table or not, found by paths with more or less prefix.
+
+    Args:
+        model: the model; the adapters in it aren't looked at.
+        sites: its sites in the table.
+    """
+
+    def __init__(self, model: nn.Module, sites: Iterable[Site] = ()):
+        self.model = model
+        self.known = {s.prefix + s.path: s for s in sites if s.side == "output" and s.whole}
+
+    @cached_property
+    def paths(self) -> Paths:
+        return Paths(name for name, module in own_modules(self.model) if linear_features(module))
+
+    def site(self, path: str) -> Site | None:
+        """The site that stands for the whole output of the linear module at ``path``; ``None`` if none fits."""
+        name = self.paths.match(path)
+        if name is None:
+            return None
+        return self.known.get(name) or _site(self.model.get_submodule(name), name, "module", "", 0, name, "")
+
+
+def site_at(model: nn.Module, path: str, sites: Iterable[Site] = ()) -> Site | None:
+    """:meth:`Linears.site` of one path."""
+    return Linears(model, sites).site(path)
+
+
+def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's own modules; those of the adapters, of which there may be thousands, aren't even walked."""
+    return model.named_modules(memo={getattr(model, "infuse", None)})  # type: ignore[arg-type]  # None is no module
 
 
 def arch_of(model: nn.Module) -> Arch:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from infuse.bases import BaseModel
 from infuse.data.check import is_unicode
 from infuse.errors import InfuseError, listed
-from infuse.heads import apply, head_of, pool
+from infuse.heads import apply, check_finite, head_of, pool
 from infuse.model import route
 from infuse.sites import model_type
 
@@ -97,7 +97,7 @@ def probabilities(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -
 
 @torch.inference_mode()
 def logits(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -> Float[Tensor, "texts labels"]:
-    """Logits of the adapter's labels for every text, in float32 on the CPU."""
+    """Logits of the adapter's labels for every text, in float32 on the CPU; an error if some are no numbers."""
     head = head_of(model, adapter)
     result = torch.zeros(len(tokens), len(head.labels))
     device = next(model.parameters()).device
@@ -109,4 +109,5 @@ def logits(model: nn.Module, tokens: Tokens, pad_id: int, adapter: str) -> Float
             out = model(**batch)
         result[index] = apply(head, out, batch["attention_mask"]).float().cpu()
     model.train(training)
+    check_finite(result)
     return result

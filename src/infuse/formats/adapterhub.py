@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, classification_head, dotted
 from infuse.errors import InfuseError, listed
 from infuse.formats import hub_config as config_of
-from infuse.formats.bundle import Bundle, fitted, roles_of
+from infuse.formats.bundle import UNNAMED, Bundle, fitted, roles_of
+from infuse.formats.content import is_file
 from infuse.formats.peft import by_module, heads
 from infuse.method import Method, Params
 from infuse.methods.bottleneck import Bottleneck
@@ -23,7 +24,7 @@ from infuse.methods.compacter import Compacter
 from infuse.methods.fusion import Fusion
 from infuse.methods.ia3 import IA3
 from infuse.methods.lora import LoRA
-from infuse.sites import Site, match_path, model_type, site_at, transformer_in
+from infuse.sites import Linears, Paths, Site, model_type, transformer_in
 
 _LEGACY = re.compile(r"\.(attention|layer)_text_(task|lang)_adapters\.")
 _KINDS = re.compile(r"(?:^|\.)(adapters|loras|shared_parameters|adapter_fusion_layer)\.")
@@ -72,7 +73,7 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     kind = _kind(model, config)
     config_of.check_base(kind, sites)
     base = {
-        "name": str(config.get("model_name") or "an unnamed base"),
+        "name": str(config.get("model_name") or UNNAMED),
         "type": str(config.get("model_type") or ""),
         "digest": "",
     }
@@ -85,12 +86,14 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
         )
     method = config_of.bottleneck(settings, kind)
     places = containers(model, sites)
+    paths = Paths(places)
     deltas: list[tuple[Site, Method, Params]] = []
     for path, found in parts.get("adapters", {}).items():
-        place = match_path(path, places)
+        place = paths.match(path)
         if place is None:
             raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
         site = places[place]
+        _check_new(site, deltas)
         own = config_of.at(method, settings, site, kind, found)
         deltas.append((site, own, _params(own, site, found)))
     shared = {}
@@ -119,7 +122,8 @@ def read_head(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Ten
         )
     inner: Any = transformer_in(model)
     others = ("heads.", f"{getattr(inner, 'base_model_prefix', '')}.")
-    copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, None)
+    tops = [name for name, _ in model.named_children()]
+    copies = heads(model, {k: v for k, v in tensors.items() if not k.startswith(others)}, tops)
     for path in copies:
         if any((site.prefix + site.path).startswith(path + ".") for site in sites):
             raise InfuseError(f"The file's head holds {path!r}, of which {type(model).__name__}'s transformer is made.")
@@ -139,10 +143,12 @@ def read_fusion(
     members = [str(m) for m in config.get("adapter_names") or name.split(",")]
     kind = _kind(model, config)
     places, deltas = containers(model, sites), []
+    paths = Paths(places)
     for path, found in grouped(tensors, name).get("adapter_fusion_layer", {}).items():
-        place = match_path(path, places)
+        place = paths.match(path)
         if place is None:
             raise InfuseError(f"The file fuses at {path!r}, which {type(model).__name__} does not have.")
+        _check_new(places[place], deltas)
         method = config_of.fusion(places[place], kind)
         with torch.device("meta"):
             expected = method.init(places[place])
@@ -150,7 +156,7 @@ def read_fusion(
             n: fitted(f"{path}.{_FUSION[n]}", _take(found, path, _FUSION[n]), v.shape) for n, v in expected.items()
         }
         deltas.append((places[place], method, params))
-    base = {"name": str(config.get("model_name") or "an unnamed base"), "type": "", "digest": ""}
+    base = {"name": str(config.get("model_name") or UNNAMED), "type": "", "digest": ""}
     bundle = _bundle(deltas, name, base)
     bundle.members = members
     return bundle
@@ -272,7 +278,7 @@ def grouped(tensors: Mapping[str, Tensor], name: str) -> dict[str, dict[str, dic
 
 
 def tensors_path(folder: Path, names: Sequence[str]) -> Path:
-    return next((folder / n for n in names if (folder / n).is_file()), folder / names[0])
+    return next((folder / n for n in names if is_file(folder / n)), folder / names[0])
 
 
 def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
@@ -289,11 +295,14 @@ def _kind(model: nn.Module, config: Mapping[str, Any]) -> str:
 def _bundle(deltas: list[tuple[Site, Method, Params]], name: str, base: dict[str, str]) -> Bundle:
     if not deltas:
         raise InfuseError(f"None of the file's tensors belongs to the adapter {name!r} that its config names.")
-    if len({s.name for s, _, _ in deltas}) < len(deltas):
-        raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
     roles = roles_of(s for s, _, _ in deltas)
     deltas = [(s, replace(m, roles=roles), p) for s, m, p in deltas]
     return Bundle(deltas[0][1], deltas, base=base, name=name)
+
+
+def _check_new(site: Site, deltas: list[tuple[Site, Method, Params]]) -> None:
+    if any(other.name == site.name for other, _, _ in deltas):  # at once: a file may name a place in any number of ways
+        raise InfuseError("The file has two deltas for one place in this model: it was made for another architecture.")
 
 
 def _params(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -322,14 +331,17 @@ def _lora(
     method = config_of.lora(settings, config)
     chosen = [r for r in ("query", "key", "value") if r[0] in settings.get("attn_matrices", ["q", "v"])]
     deltas: list[tuple[Site, Method, Params]] = []
+    linears = Linears(model, sites)
     for path, found in places.items():
-        whole = site_at(model, path, sites)
+        whole = linears.site(path)
         if whole is None:
             raise InfuseError(f"The file adapts {path!r}, which {type(model).__name__} does not have.")
         slices = [s for s in sites if s.module is whole.module and not s.whole and s.role in chosen]
         on = slices if whole.role == "qkv" else [whole]
         if isinstance(method, IA3):
             on = [config_of.ia3_site(s, sites) for s in on]
+        for site in on:
+            _check_new(site, deltas)
         with torch.device("meta"):
             expected = [method.init(site) for site in on]
         for key in expected[0]:

@@ -1,7 +1,5 @@
-"""What a file of an adapter holds, whoever wrote it; and the reading and writing of such files, safely."""
+"""What a file of an adapter holds, whoever wrote it; and the writing of such files, safely."""
 
-import io
-import json
 import os
 import shutil
 import tempfile
@@ -11,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
 from infuse.arch import ROLES
-from infuse.errors import InfuseError, listed
+from infuse.errors import InfuseError
 from infuse.method import Method, Params
 from infuse.sites import Site
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
+UNNAMED = "an unnamed base"
 HUB_WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 HUB_HEAD, HUB_HEAD_WEIGHTS = "head_config.json", ("model_head.safetensors", "pytorch_model_head.bin")
 HUB_FUSION = "adapter_fusion_config.json"
@@ -57,79 +54,6 @@ class Bundle:
     info: dict[str, Any] = field(default_factory=dict)
     name: str = "default"
     members: list[str] = field(default_factory=list)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header metadata of a ``.safetensors`` file, or tensors of a ``.bin`` file; nothing is unpickled.
-
-    Raises:
-        InfuseError: the file is missing, truncated, corrupt, holds objects, or holds values that are not finite.
-    """
-    content = read_bytes(path)
-    if path.suffix == ".safetensors":
-        return parse_tensors(content, path)
-    try:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load reports hostile and broken files through many types; its message may run to paragraphs.
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise InfuseError(f"{path} can't be read as plain tensors ({reason}); Infuse never unpickles a file.") from None
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise InfuseError(f"{path} holds something other than named tensors.")
-    return _finite(dict(tensors), path), {}
-
-
-def read_bytes(path: Path) -> bytes:
-    """The content of a file, or an error that names the file."""
-    if not path.is_file():
-        raise InfuseError(f"There is no file {path.name} in {path.parent}.")
-    return path.read_bytes()
-
-
-def parse_tensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, by name, and header metadata of the content of a ``.safetensors`` file; the tensors are copies.
-
-    (safetensors gives them in another order each time. Tensors that are read through a memory map would end the process
-    if the file were cut short later on.)
-    """
-    try:
-        tensors = dict(sorted(from_safetensors(content).items()))
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
-    return _finite(tensors, path), parse_metadata(content, path)
-
-
-def parse_metadata(content: bytes, path: Path) -> dict[str, str]:
-    """The header metadata of the content of a ``.safetensors`` file: eight bytes of length, then JSON."""
-    length = int.from_bytes(content[:8], "little")
-    try:
-        head = json.loads(content[8 : 8 + length].decode())
-        return {str(k): str(v) for k, v in head.get("__metadata__", {}).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise InfuseError(f"{path} is truncated or no safetensors file ({error}); save or download it again.") from None
-
-
-def _finite(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    try:  # as float32, which parameters are in memory: there a large float64 is infinite
-        broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.float().isfinite().all()]
-    except RuntimeError as error:  # torch stores numbers in formats that it can't compute with
-        raise InfuseError(f"{path} holds numbers that can't be read ({error}); save the adapter in float32.") from None
-    if broken:
-        raise InfuseError(f"{path} holds NaN or infinite values in {listed(broken, 3)}; train the adapter again.")
-    return tensors
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an error that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InfuseError(f"There is no file {path.name} in {path.parent}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise InfuseError(f"{path} is no valid JSON ({error}); save or download it again.") from None
-    if not isinstance(value, dict):
-        raise InfuseError(f"{path} should hold a JSON object, not a {type(value).__name__}.")
-    return value
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError, listed
-from infuse.foreign import refuse_options
+from infuse.foreign import flag, number, refuse_options
 from infuse.method import Method
 from infuse.methods.bottleneck import Bottleneck, width_at
 from infuse.methods.compacter import Compacter
@@ -68,11 +68,13 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
         given = {**given, "non_linearity": _OLD.get(given.get("non_linearity"), given.get("non_linearity", "relu"))}
     settings = {**_DEFAULTS, **given}
     settings["non_linearity"] = str(settings.get("non_linearity", "relu")).lower()
+    for option in [name for name, usual in _DEFAULTS.items() if isinstance(usual, bool)]:
+        flag(settings, option)
     return settings
 
 
 def _preset(text: str) -> dict[str, Any]:
-    match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text.strip())
+    match = re.fullmatch(r"([^\[\]|]+)(?:\[(.*)\])?", text.strip()) if len(text) < 1000 else None
     try:
         pairs = yaml.safe_load("{" + re.sub(r"(\w+)\s*=", r"\1: ", match[2] or "") + "}") if match else {}
         return PRESETS[match[1] if match else ""] | pairs
@@ -121,7 +123,7 @@ def bottleneck(settings: Mapping[str, Any], kind: str) -> Bottleneck | Compacter
     scaling = settings["scaling"]
     if isinstance(scaling, str) and (cls is Compacter or scaling != "learned"):
         raise InfuseError(f"The file uses scaling={scaling!r}, which Infuse's {cls.__name__} does not have.")
-    common["scale"] = 1.0 if scaling == "learned" else float(scaling)
+    common["scale"] = 1.0 if scaling == "learned" else number(scaling, "scaling")
     if cls is Compacter:
         rank = int(settings["phm_rank"]) if settings["factorized_phm_W"] else 0
         return Compacter(n=int(settings["phm_dim"]), rank=rank, shared_rule=bool(settings["shared_phm_rule"]), **common)
@@ -174,10 +176,13 @@ def keys(method: Method) -> dict[str, str]:
 def lora(settings: Mapping[str, Any], config: Mapping[str, Any]) -> LoRA | IA3:
     """LoRA or (IA)³ from the library's LoRA settings."""
     refuse_options(settings, {"use_gating": (), "use_dora": (), "vera_d": (), "vera_b": ()}, "LoRA")
-    rank, alpha = int(settings.get("r", 8)), float(settings.get("alpha", 8))
+    rank, alpha = int(settings.get("r", 8)), number(settings.get("alpha", 8), "alpha")
     if re.match(r"adapters\.(0\.|1\.0(\.|$)|1\.1\.0\.?(dev|a|b|rc))", str(config.get("version", ""))):
         alpha = float(rank)  # these versions ignored alpha, and the library still loads their files so
-    if settings.get("composition_mode", "add") == "scale":
+    mode = settings.get("composition_mode", "add")
+    if mode not in ("add", "scale"):
+        raise InfuseError(f"The file uses composition_mode={mode!r}, which Infuse's LoRA does not have.")
+    if mode == "scale":
         if rank != 1 or alpha != 1:
             raise InfuseError("The file's (IA)³ has a rank or alpha other than 1, which Infuse's IA3 does not have.")
         return IA3()

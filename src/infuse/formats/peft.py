@@ -5,8 +5,9 @@ them, and cut apart again on reading our own files.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 
 from infuse.adapter import Adapter, dotted
 from infuse.errors import InfuseError, listed
-from infuse.formats.bundle import Bundle, fitted, roles_of
+from infuse.foreign import Patterns
+from infuse.formats.bundle import UNNAMED, Bundle, fitted, roles_of
+from infuse.formats.content import check_names
+from infuse.formats.vocabulary import check_vocabulary, with_twins
 from infuse.method import Method, Params, registry
-from infuse.sites import Site, linear_features, match_path, site_at
+from infuse.sites import Linears, Paths, Site, own_modules
 
 PREFIX = "base_model.model."
 _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -27,6 +31,7 @@ _TASKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", ()),
 }
 """End of a model class's name → PEFT's name of the task, and the ends of the modules that it then demands of a file."""
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def expressible(adapter: Adapter) -> bool:
@@ -74,7 +79,7 @@ def _task(model: nn.Module, adapter: Adapter) -> str | None:
     """PEFT's name of the model's task, unless that would make it ask for a head which is not in the file."""
     end = next((end for end in _TASKS if type(model).__name__.endswith(end)), None)
     task, demanded = _TASKS[end] if end else (None, ())
-    there = [name for name, _ in _modules(model) if name.endswith(demanded)] if demanded else []
+    there = [name for name, _ in own_modules(model) if name.endswith(demanded)] if demanded else []
     return task if set(there) <= set(map(dotted, adapter.copies)) else None
 
 
@@ -89,29 +94,37 @@ def read(model: nn.Module, sites: Sequence[Site], tensors: Mapping[str, Tensor],
     if cls is None:
         have = listed(m.peft_type for m in registry().values() if m.peft_type)
         raise InfuseError(f"The file holds a PEFT adapter of type {kind!r}; Infuse reads {have}.")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list):
+        raise InfuseError(f"The file's modules_to_save is no list of names but {saved!r}.")
+    check_names(saved, Path("modules_to_save"))
     grouped, rest, origins = modules(model, cls, tensors)
+    copies = heads(model, rest, saved)  # first: if the vocabulary is another one, that is what to say
     if not grouped:
         raise InfuseError(
             f"None of the file's tensors fits {type(model).__name__} (the first is {next(iter(tensors), '')!r}); "
             "use the architecture that it was made for."
         )
-    deltas = []
+    named_so = {path: name for path, _ in own_modules(model) for name in saved if f".{path}".endswith(f".{name}")}
+    check_saved(model, copies, named_so)
+    patterns = {key: Patterns(value) for key in _PATTERNS if (value := config.get(key))}
+    linears, deltas = Linears(model, sites), []
     for path, found in grouped.items():
-        method = cls.from_peft(config, origins[path])
-        site = site_at(model, path, sites)
+        method = cls.from_peft({**config, **patterns}, origins[path])
+        site = linears.site(path)
         assert site is not None
         if method.peft_side(found) == "input":
             site = next((s for s in sites if s.side == "input" and s.module is site.module), None) or replace(
                 site, name=f"{site.name}:input", side="input"
             )
         deltas.append((site, method, named(method, site, found)))
-    base = {"name": str(config.get("base_model_name_or_path") or "an unnamed base"), "type": "", "digest": ""}
+    base = {"name": str(config.get("base_model_name_or_path") or UNNAMED), "type": "", "digest": ""}
     method = replace(deltas[0][1], roles=roles_of(s for s, _, _ in deltas))
     common = Counter(replace(m, roles=method.roles) for _, m, _ in deltas).most_common(1)[0][0]
     return Bundle(
         common,
         [(s, replace(m, roles=common.roles), p) for s, m, p in deltas],
-        copies=heads(model, rest, config.get("modules_to_save")),
+        copies=copies,
         base=base,
     )
 
@@ -127,7 +140,7 @@ def modules(
     grouped: dict[str, dict[str, Tensor]] = {}
     origins: dict[str, str] = {}
     rest, lost = {}, []
-    linear = {n for n, m in _modules(model) if linear_features(m)}
+    linear = Linears(model).paths
     for key, value in tensors.items():
         bare = key.removeprefix(PREFIX).removesuffix(".weight") if "magnitude" in key else key.removeprefix(PREFIX)
         suffix = next((s for s in cls.peft_keys.values() if bare.endswith("." + s)), None)
@@ -138,7 +151,7 @@ def modules(
             rest[bare] = value
             continue
         origin = bare.removesuffix("." + suffix)
-        path = match_path(origin, linear)
+        path = linear.match(origin)
         if path is None:
             lost.append(key)
             continue
@@ -153,15 +166,17 @@ def modules(
     return grouped, rest, origins
 
 
-def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | None) -> dict[str, dict[str, Tensor]]:
+def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Tensors of trained copies, by module of the model; a head that this model has no module for is left out.
 
     PEFT strips ``modules_to_save.<adapter>.`` from the keys, so that ``classifier.weight`` remains; ``saved`` is the
-    config's list of such modules' names. It saves embeddings unasked where a vocabulary was resized, say.
+    config's list of such modules' names. It saves embeddings unasked where a vocabulary was resized, and those of the
+    base: where modules share them, all of them have what the file brings.
     """
-    paths = [n for n, _ in _modules(model) if n]
-    names = tuple(saved or [n for n, _ in model.named_children()])
+    paths = Paths(n for n, _ in own_modules(model) if n)
+    names = tuple(saved)
     copies: dict[str, dict[str, Tensor]] = {}
+    unasked: set[str] = set()
     for key, value in rest.items():
         parts = key.split(".")
         if "original_module" in parts:
@@ -170,24 +185,39 @@ def heads(model: nn.Module, rest: Mapping[str, Tensor], saved: Sequence[str] | N
             at = parts.index("modules_to_save")
             parts = parts[:at] + (parts[at + 2 :] or parts[at + 1 :])
         if "base_layer" in parts:  # the base's own weight under a delta, which PEFT saves of embeddings and their twins
-            path = match_path(".".join(parts[: parts.index("base_layer")]), paths)
+            path = paths.match(".".join(parts[: parts.index("base_layer")]))
             base = None if path is None else getattr(model.get_submodule(path), parts[-1], None)
+            if base is not None:
+                check_vocabulary(model, str(path), value.shape, base.shape)
             if base is None or base.shape != value.shape or not torch.equal(base, value.to(base)):
                 raise InfuseError(f"The file brings a base weight of its own at {key!r}; load it onto that base.")
             continue
         # PEFT matches these names as plain suffixes: its "classifier" takes "pre_classifier" too.
         ends = [end for end in range(1, len(parts)) if ".".join(parts[:end]).endswith(names)]
         for end in [*ends, len(parts) - 1]:
-            path = match_path(".".join(parts[:end]), paths)
+            path = paths.match(".".join(parts[:end]))
             if path is not None:
                 copies.setdefault(path, {})[".".join(parts[end:])] = value
+                unasked |= set() if ends else {path}
                 break
-    return copies
+    return with_twins(model, copies, unasked)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's own modules; those of the adapters, of which there may be thousands, aren't even walked."""
-    return model.named_modules(memo={getattr(model, "infuse", None)})  # type: ignore[arg-type]  # None is no module
+def check_saved(model: nn.Module, copies: Mapping[str, Any], trained: Mapping[str, str]) -> None:
+    """Refuse a file without the tensors of a module that it names as trained, and that the model has.
+
+    The module would answer as it is in the model, which for a head is at random.
+
+    Args:
+        trained: path of a module of the model → its name in the file.
+    """
+    within = tuple(f"{path}." for path in copies)
+    for path, name in trained.items():
+        if not f"{path}.".startswith(within) and next(model.get_submodule(path).parameters(), None) is not None:
+            raise InfuseError(
+                f"The file names {name!r} as trained (modules_to_save) but holds no tensors for {path}; save it again "
+                "with them, or take the name out of its config."
+            )
 
 
 def named(method: Method, site: Site, found: Mapping[str, Tensor]) -> dict[str, Tensor]:

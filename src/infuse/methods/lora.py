@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from infuse.errors import InfuseError
-from infuse.foreign import LORA_VARIANTS, pattern_value, refuse_options
+from infuse.foreign import LORA_VARIANTS, flag, number, pattern_value, refuse_options
 from infuse.lean import low_rank
 from infuse.method import Method, Params, register
 from infuse.ops import joined, started
@@ -113,9 +113,9 @@ class LoRA(Method):
         refuse_options(config, LORA_VARIANTS, "LoRA")
         return cls(
             rank=int(pattern_value(config.get("rank_pattern"), path, config.get("r", 8))),
-            alpha=float(pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8))),
-            rslora=bool(config.get("use_rslora")),
-            dora=bool(config.get("use_dora")),
+            alpha=number(pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", 8)), "lora_alpha"),
+            rslora=flag(config, "use_rslora"),
+            dora=flag(config, "use_dora"),
             dropout=float(config.get("lora_dropout") or 0.0),
         )
 

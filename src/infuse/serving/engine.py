@@ -15,6 +15,7 @@ import numpy as np
 
 from infuse.bases import skeleton
 from infuse.errors import InfuseError
+from infuse.heads import check_finite
 from infuse.precision import Precision
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
@@ -95,8 +96,10 @@ class Engine:
                 self.store.release(served)
         answered = [Labelled(s, [next(rows) for _ in texts]) for s, (_, texts) in zip(held, items, strict=True)]
         for each in answered:
-            if not np.isfinite(each.probabilities).all():  # finite values may overflow, on some texts and not on others
-                raise refusals.unusable(each.served.name, refusals.OVERFLOW)
+            try:
+                check_finite(np.stack(each.probabilities))
+            except InfuseError as error:
+                raise refusals.unusable(each.served.name, str(error)) from None
         for each in answered:
             if each.served.name in self.store.entries:  # or the series of one that has gone meanwhile would come back
                 self.metrics.texts.labels(each.served.name).inc(len(each.probabilities))

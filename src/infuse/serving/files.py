@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -17,9 +17,10 @@ from infuse.checkpoint import attach_bundle, facts_of, read_content, setup_of
 from infuse.errors import InfuseError
 from infuse.fingerprint import Base
 from infuse.formats.bundle import WEIGHTS
+from infuse.formats.tensors import read_safetensors
 from infuse.heads import Head
 from infuse.method import make, spelled
-from infuse.model import check_name, detach, store_of
+from infuse.model import detach, store_of
 from infuse.training.folders import adapter_folder
 
 Stamp = tuple[tuple[int, int, int], ...]
@@ -103,31 +104,29 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
 
 def stamp(folder: Path) -> Stamp:
     try:
-        seen = [os.stat(path) for path in sorted(folder.rglob(WEIGHTS))]
+        seen = [os.stat(path) for path in [folder / WEIGHTS, *sorted(folder.glob(f"members/*/{WEIGHTS}"))]]
     except OSError:  # just removed
         return ()
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in seen)
 
 
-def read(folder: Path, content: bytes | None = None) -> File:
+def read(folder: Path) -> File:
     """The files of an adapter, members included.
 
     Raises:
         InfuseError: a file is missing, unreadable, or not Infuse's.
     """
+    file = _alone(folder)
+    members = tuple(_alone(folder / "members" / name) for name in file.facts["members"])
+    if any(member.facts["members"] for member in members):
+        raise InfuseError(f"{file.path.name} mixes adapters that are mixtures themselves.")
+    return replace(file, members=members)
+
+
+def _alone(folder: Path) -> File:
     path = folder / WEIGHTS
-    try:
-        content = path.read_bytes() if content is None else content
-    except OSError as error:
-        raise InfuseError(f"{path.name} can't be read: {error.strerror}.") from None
-    facts = facts_of(content, path)
-    members = facts.get("members") or []
-    if not isinstance(members, list) or len(set(map(str, members))) < len(members):
-        raise InfuseError(f"{path.name} names its members wrongly; save or download it again.")
-    files = tuple(read(folder / "members" / check_name(str(m))) for m in members)
-    if any(file.members for file in files):
-        raise InfuseError(f"{path.name} mixes adapters that are mixtures themselves.")
-    return File(path, content, facts, files)
+    content = read_safetensors(path)
+    return File(path, content, facts_of(content, path))
 
 
 def facts(file: File, base: Base | None) -> Facts:
@@ -140,7 +139,7 @@ def facts(file: File, base: Base | None) -> Facts:
         return _facts(file, base)
     except InfuseError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # of any type: the words are those of whoever wrote the file
         raise InfuseError(f"its description is damaged ({type(error).__name__}: {error}).") from None
 
 

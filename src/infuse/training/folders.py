@@ -11,10 +11,13 @@ import yaml
 from infuse.errors import InfuseError, listed
 from infuse.escaping import csv_text
 from infuse.formats.bundle import WEIGHTS
+from infuse.formats.content import read_bytes
 from infuse.plain_yaml import read_yaml
 from infuse.training.config import TrainConfig
 
 ADAPTER, AVERAGE, CHECKPOINTS, CONFIG, MODEL = "adapter", "adapter-average", "checkpoints", "config.yaml", "model"
+_SETTINGS_BYTES = 128 << 10
+"""Of a file of settings, which YAML's reader takes a second for; ours have two thousand."""
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -58,7 +61,7 @@ def data_of(run: str | Path) -> dict[str, Any]:
 def read_settings(path: Path) -> dict[str, Any] | None:
     """What a file of :func:`as_yaml` says; ``None`` if it is damaged."""
     try:
-        found = read_yaml(path.read_text(encoding="utf-8"))
+        found = read_yaml(read_bytes(path, _SETTINGS_BYTES).decode())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
