@@ -137,7 +137,7 @@ class Adapter(nn.Module):
             "settings": {site: settings(method) for site, method in methods.items() if method != self.method},
             "members": list(self.members),
             "copies": [dotted(path) for path in self.copies],
-            "head": None if self.head is None else self.head.settings(),  # type: ignore[operator]  # a Head
+            "head": getattr(self.head, "settings", lambda: None)(),  # of a Head
             "info": self.info,
         }
 

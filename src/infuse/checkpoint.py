@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, copies, dotted, fresh, key
+from infuse.adapter import Adapter, Delta, copies, fresh, key
 from infuse.arch import Arch
 from infuse.checks import check_model
 from infuse.errors import InfuseError, listed, printable
@@ -40,6 +40,7 @@ from infuse.formats.bundle import (
 )
 from infuse.formats.content import is_file, read_json, sound
 from infuse.formats.native import HEAD, HEADER, VERSION, facts_of, parse_facts
+from infuse.formats.state import is_state, read_state
 from infuse.formats.tensors import parse_tensors, read_safetensors, read_tensors
 from infuse.formats.vocabulary import check_vocabulary
 from infuse.heads import Head
@@ -75,20 +76,10 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     header = {
         "version": VERSION,
         "layout": "peft" if "peft_type" in config else "native",
-        "name": adapter.name,
-        "method": settings(adapter.method),
-        "sites": list(adapter.sites),
-        "settings": {
-            site: settings(d.method) for site in adapter.sites if (d := _delta(adapter, site)).method != adapter.method
-        },
-        "members": list(adapter.members),
-        "copies": [dotted(path) for path in adapter.copies],
+        **adapter.facts(),
         "base": asdict(base),
-        "head": None,
-        "info": adapter.info,
     }
     if isinstance(adapter.head, Head):
-        header["head"] = adapter.head.settings()
         tensors |= {HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
     tensors = {n: v.cpu() for n, v in tensors.items()}
     weights = to_safetensors(tensors, {"format": "pt", HEADER: native.dumped(header)})
@@ -106,11 +97,12 @@ def load(
     arch: Arch | None = None,
     any_base: bool = False,
 ) -> Adapter:
-    """Attach an adapter from a folder that Infuse or PEFT wrote, and make it the active one.
+    """Attach an adapter from a folder that Infuse, PEFT or AdapterHub wrote, and make it the active one.
 
     Args:
         model: the base model, bare or with a head, adapted already or not; file and model may carry different prefixes.
-        path: the folder.
+        path: the folder; also a checkpoint of an adapted model that ``Trainer`` or ``save_pretrained`` wrote, of which
+            the adapter ``name`` is taken, or else the only one or the active one.
         name: the name to give it; by default the one under which it was saved.
         arch: the row to use for an architecture that the table does not have.
         any_base: accept a base whose weights are not those that the adapter was trained on.
@@ -124,7 +116,7 @@ def load(
 def _load(
     model: nn.Module, path: Path, name: str | None, *, arch: Arch | None, any_base: bool, member: bool = False
 ) -> Adapter:
-    bundle = read(model, path, arch=arch, any_base=any_base)
+    bundle = read(model, path, name, arch=arch, any_base=any_base)
     if member and bundle.members:  # which may well be itself, without end
         raise InfuseError(f"The file in {path} mixes adapters and is a member of a mixture; members mix nothing.")
     if not any_base:
@@ -133,11 +125,11 @@ def _load(
     have, before = (set(store.adapters), store.choice()) if store else (set(), None)
     try:
         for each in bundle.members:
-            folder = path / "members" / check_name(each)
+            folder = path if is_state(path) else path / "members" / check_name(each)
             if each not in have:
                 _load(model, folder, each, arch=arch, any_base=any_base, member=True)
             elif os.path.isdir(folder):
-                _check_member(model, each, read(model, folder, arch=arch, any_base=any_base))
+                _check_member(model, each, read(model, folder, each, arch=arch, any_base=any_base))
         return attach_bundle(model, bundle, name, arch=arch)
     except BaseException:
         new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
@@ -149,8 +141,18 @@ def _load(
 
 
 @fresh()
-def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
-    """What a folder holds, matched to a model's sites; the model is not touched."""
+def read(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    *,
+    arch: Arch | None = None,
+    any_base: bool = False,
+) -> Bundle:
+    """What a folder holds, matched to a model's sites; the model is not touched.
+
+    ``name`` chooses among the adapters of a checkpoint of a whole model.
+    """
     model, folder = host_of(model, arch), Path(path)
     check_model(model)
     if is_file(folder / HUB_FUSION) or is_file(adapterhub.tensors_path(folder, HUB_WEIGHTS)):
@@ -160,6 +162,8 @@ def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_ba
     weights = folder / WEIGHTS
     if not os.path.exists(weights) and os.path.exists(folder / PICKLED):
         weights = folder / PICKLED
+    if not os.path.exists(weights) and is_state(folder):
+        return _matched(model, *read_state(folder, name), folder, arch, any_base)
     tensors, metadata = read_tensors(weights)
     if HEADER in metadata:
         return _matched(model, tensors, parse_facts(metadata[HEADER], weights), weights, arch, any_base)

@@ -242,8 +242,6 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if lonely:
         store.retap(model)
     if not store.adapters:
-        for handle in store.ends:
-            handle.remove()
         for wrapped in reversed(store.wrapped):
             wrapped.remove()
         del model.infuse

@@ -14,7 +14,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from infuse.adapter import Adapter, dotted
 from infuse.arch import Arch
 from infuse.banks import Banks
-from infuse.calls import forget_residuals
 from infuse.checks import check_present, sorting
 from infuse.errors import InfuseError, listed
 from infuse.fingerprint import Base
@@ -24,7 +23,7 @@ from infuse.recompute import STORES
 from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.rows import with_rows
 from infuse.sites import Site, find_sites, stack_layers
-from infuse.taps import Expand, Generate, PerAdapter, Routable, Tap, Wrapped
+from infuse.taps import Expand, Forward, Generate, PerAdapter, Tap, Wrapped
 
 
 class Infused(nn.Module):
@@ -44,13 +43,10 @@ class Infused(nn.Module):
         self.banks = Banks()
         self.edges: list[tuple[nn.Module, str, nn.Module]] = []
         self.rows: dict[str, bool] = {}
+        self.register_load_state_dict_post_hook(_forget_missing)
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
         STORES.add(self)
-        self.ends = [
-            model.register_forward_pre_hook(self.enter),
-            model.register_forward_hook(self.leave, always_call=True),
-        ]
-        self.wrapped: list[Wrapped] = [Routable(self, model, "forward")]
+        self.wrapped: list[Wrapped] = [Forward(self, model, "forward")]
         if hasattr(model, "generate"):
             self.wrapped += [Generate(self, model, "generate"), Expand(self, model, "_expand_inputs_for_generation")]
         self.wrapped += [
@@ -144,7 +140,8 @@ class Infused(nn.Module):
             raise InfuseError(f"Adapter {self.merged!r} is merged into the base; call infuse.unmerge(model) first.")
         return None
 
-    def enter(self, module: nn.Module, args: tuple) -> None:
+    def enter(self, module: nn.Module) -> None:
+        """Before a forward pass: look whether modules were swapped, adapters moved, or the batch sorted."""
         if not torch.compiler.is_compiling() and any(p._modules.get(n) is not m for p, n, m in self.edges):
             self.follow(module)
         route = current(self)
@@ -154,9 +151,6 @@ class Infused(nn.Module):
         if isinstance(route, Mixed):
             refuse_sorting()
             route.renew()
-
-    def leave(self, module: nn.Module, args: tuple, output: Any) -> None:
-        forget_residuals(self)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """The adapters, and what they are; nothing of them while one is merged: the model is a plain one then."""
@@ -168,7 +162,7 @@ class Infused(nn.Module):
         """What the adapters are, as the bytes of JSON: files of tensors alone hold it too, as Trainer's do."""
         about = {"version": 1, "active": self.active, "base": asdict(self.base)}
         about["adapters"] = {name: self[name].facts() for name in self.adapters}
-        return torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(json.dumps(about, default=str).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Check that tensors to be loaded are of adapters like these.
@@ -178,7 +172,7 @@ class Infused(nn.Module):
         """
         adapters = json.loads(bytes(state.tolist()))["adapters"]
         for name in adapters.keys() & self.adapters.keys():
-            now = json.loads(json.dumps(self[name].facts()))
+            now = json.loads(json.dumps(self[name].facts(), default=str))
             if other := [k for k in ("method", "sites", "settings", "members") if adapters[name][k] != now[k]]:
                 raise InfuseError(
                     f"The state to be loaded has another {listed(other)} of the adapter {name!r} than this model: "
@@ -265,6 +259,12 @@ class Infused(nn.Module):
             path = dotted(name)
             self.copied.add(path)
             self.tap(model, path)
+
+
+def _forget_missing(store: nn.Module, keys: Any) -> None:
+    """A merged model's state lacks the adapters by intention (see :meth:`Infused.state_dict`)."""
+    if isinstance(store, Infused) and store.merged is not None:
+        keys.missing_keys[:] = [key for key in keys.missing_keys if "infuse" not in key.split(".")]
 
 
 def refuse_sorting() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from infuse.arch import ARCHS
-from infuse.calls import keep_residual, residual_at
+from infuse.calls import forget_residuals, keep_residual, residual_at
 from infuse.errors import InfuseError
 from infuse.mixing import adapted, run_copies
 from infuse.recipe import Call
@@ -165,6 +165,17 @@ class Routable(Wrapped):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
+
+
+class Forward(Routable):
+    """``forward``; not hooks of the model, which callers of its ``forward`` pass by, and interrupts leave open."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.store.enter(self.refer())
+        try:
+            return self.inner(*args, **kwargs)
+        finally:
+            forget_residuals(self.store)
 
 
 class Generate(Routable):
