@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from infuse import storage
 from infuse.adapter import Adapter, Delta, copies, dotted, key
 from infuse.arch import Arch
 from infuse.errors import InfuseError, listed
@@ -33,12 +33,14 @@ from infuse.formats.bundle import (
     PICKLED,
     WEIGHTS,
     Bundle,
+    as_json,
     fitted,
     parse_metadata,
     parse_tensors,
     read_bytes,
     read_json,
     read_tensors,
+    to_bytes,
     write_folder,
 )  # fmt: skip
 from infuse.heads import Head
@@ -53,7 +55,7 @@ _HEAD = "infuse.head."
 
 
 def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse") -> Path:
-    """Write one adapter, head included, into a folder; readers see the old or the new file, whole.
+    """Write one adapter, head included, into a folder; readers see the old or the new one, whole.
 
     A mixer's members go into ``members/NAME`` below it. AdapterHub's files have no place for a head of Infuse: with
     ``adapterhub`` it is left out, with a warning.
@@ -64,14 +66,24 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
         path: the folder; made if need be.
         format: ``infuse`` (which PEFT reads where it has the method) or ``adapterhub``.
     """
-    store, model = store_of(model), owner_of(model)
-    adapter = store[name]
+    write_folder(Path(path), files_of(model, name, format=format))
+    return Path(path)
+
+
+def files_of(model: nn.Module, name: str, *, format: str = "infuse") -> dict[str, bytes]:
+    """The files that :func:`save` writes: path in the folder → content; of equal adapters, the same bytes."""
+    adapter = store_of(model)[name]
     if format not in ("infuse", "adapterhub"):
         raise InfuseError(f"Unknown format {format!r}; choose infuse or adapterhub.")
-    if format == "adapterhub":
-        return _save_adapterhub(model, adapter, Path(path))
+    files = {}
     for member in adapter.members:
-        save(model, member, Path(path) / "members" / member)
+        own = files_of(model, member, format=format)
+        files |= {f"members/{member}/{path}": content for path, content in own.items()}
+    return files | (_files if format == "infuse" else _adapterhub_files)(model, adapter)
+
+
+def _files(model: nn.Module, adapter: Adapter) -> dict[str, bytes]:
+    store, model = store_of(model), owner_of(model)
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
     tensors, config = _written(model, adapter, base)
@@ -93,11 +105,8 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     if isinstance(adapter.head, Head):
         header["head"] = adapter.head.settings()
         tensors |= {_HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
-    tensors = {n: v.cpu() for n, v in tensors.items()}
-    weights = to_safetensors(tensors, {"format": "pt", HEADER: json.dumps(header)})
-    folder = Path(path)
-    write_folder(folder, {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights})
-    return folder
+    weights = to_bytes(tensors, {"format": "pt", HEADER: as_json(header)})
+    return {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights}
 
 
 def load(
@@ -120,17 +129,11 @@ def load(
         InfuseError: a file is missing, truncated, corrupt or hostile; shapes do not fit; the base is another one. The
             model is as it was.
     """
-    bundle = read(model, path, arch=arch, any_base=any_base)
     store = store_in(model)
     have, active = (set(store.adapters), store.active) if store else (set(), None)
+    tree = storage.reading(Path(path), lambda folder: _read_tree(model, folder, have, arch, any_base))
     try:
-        for member in bundle.members:
-            folder = Path(path) / "members" / check_name(member)
-            if member not in have:
-                load(model, folder, member, arch=arch, any_base=any_base)
-            elif folder.is_dir():
-                _check_member(model, member, read(model, folder, arch=arch, any_base=any_base))
-        return attach_bundle(model, bundle, name, arch=arch)
+        return _attach_tree(model, tree, name, have, arch)
     except BaseException:
         new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
         for each in reversed(new):  # a mixer before its members
@@ -140,9 +143,33 @@ def load(
         raise
 
 
+@dataclass(frozen=True)
+class _Tree:
+    """An adapter and, of a mixer, the members that its folder holds."""
+
+    bundle: Bundle
+    members: dict[str, "_Tree"]
+
+
+def _read_tree(model: nn.Module, folder: Path, have: set[str], arch: Arch | None, any_base: bool) -> _Tree:
+    bundle = read(model, folder, arch=arch, any_base=any_base)
+    folders = {member: folder / "members" / check_name(member) for member in bundle.members}
+    wanted = {member: at for member, at in folders.items() if member not in have or at.is_dir()}
+    return _Tree(bundle, {m: _read_tree(model, at, have, arch, any_base) for m, at in wanted.items()})
+
+
+def _attach_tree(model: nn.Module, tree: _Tree, name: str | None, have: set[str], arch: Arch | None) -> Adapter:
+    for member, own in tree.members.items():
+        if member in have:
+            _check_member(model, member, own.bundle)
+        else:
+            _attach_tree(model, own, member, have, arch)
+    return attach_bundle(model, tree.bundle, name, arch=arch)
+
+
 def read(model: nn.Module, path: str | Path, *, arch: Arch | None = None, any_base: bool = False) -> Bundle:
     """What a folder holds, matched to a model's sites; the model is not touched."""
-    model, folder = owner_of(model), Path(path)
+    model, folder = owner_of(model), storage.current(Path(path))
     if (folder / HUB_FUSION).is_file() or adapterhub.tensors_path(folder, HUB_WEIGHTS).is_file():
         return _read_adapterhub(model, folder, _sites(model, arch))
     if not folder.is_dir():
@@ -233,7 +260,7 @@ def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     weights = Path(path) / WEIGHTS
-    return facts_of(read_bytes(weights), weights)
+    return facts_of(storage.reading(Path(path), lambda folder: read_bytes(folder / WEIGHTS)), weights)
 
 
 def facts_of(content: bytes, where: Path) -> dict[str, Any]:
@@ -277,7 +304,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     """Replace facts about the head, and add to the info, in an Infuse file; its tensors stay bit for bit.
 
     No model is needed, so that nothing in the file can depend on the base or the precision it was loaded with. Readers
-    see the old or the new file, whole.
+    see the old or the new file, whole. For whoever holds the lock of the folder (:func:`infuse.storage.writing`).
     """
     folder, weights = Path(path), Path(path) / WEIGHTS
     content = read_bytes(weights)  # once: the file may be replaced meanwhile
@@ -287,7 +314,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     facts["head"] |= head
     facts["info"] |= info
     tensors, metadata = parse_tensors(content, weights)
-    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: json.dumps(facts)})}, whole=False)
+    storage.write(weights, to_bytes(tensors, metadata | {HEADER: as_json(facts)}))
 
 
 def _facts(text: str) -> dict[str, Any]:
@@ -386,19 +413,6 @@ def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundl
     return _sound(parse, folder)
 
 
-def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    members = [store_of(model)[name] for name in adapter.members]
-    try:
-        made = {folder / "members" / member.name: _adapterhub_files(model, member, []) for member in members}
-        made[folder] = _adapterhub_files(model, adapter, members)
-    except InfuseError as error:
-        reason = str(error).removesuffix(".")
-        raise InfuseError(f"{reason}; save it in Infuse's own format, without format='adapterhub'.") from None
-    for each, files in made.items():  # only now: if one of them can't be expressed, none is written
-        write_folder(each, files)
-    return folder
-
-
 def config_of(model: nn.Module, name: str) -> dict[str, Any]:
     """What :func:`save` writes about an adapter for other tools."""
     return _written(owner_of(model), store_of(model)[name], store_of(model).base)[1]
@@ -411,23 +425,33 @@ def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, 
     return tensors, {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
 
 
-def _adapterhub_files(model: nn.Module, adapter: Adapter, members: list[Adapter]) -> dict[str, bytes]:
-    sites, model = store_of(model).sites, owner_of(model)
-    if members:
-        names = (HUB_FUSION, HUB_FUSION_WEIGHTS[0])
-        parts = {names: adapterhub.write_fusion(model, adapter, members)}
-    else:
-        parts = {(CONFIG, HUB_WEIGHTS[0]): adapterhub.write(model, sites, adapter)}
-    if adapter.copies:  # before the adapter, whose weights are replaced last
-        parts = {(HUB_HEAD, HUB_HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)} | parts
+def _adapterhub_files(model: nn.Module, adapter: Adapter) -> dict[str, bytes]:
+    try:
+        parts = _adapterhub_parts(model, adapter)
+    except InfuseError as error:
+        reason = str(error).removesuffix(".")
+        raise InfuseError(f"{reason}; save it in Infuse's own format, without format='adapterhub'.") from None
     if adapter.head is not None:
         message = f"AdapterHub's files have no place for Infuse's head of {adapter.name!r}; it is left out."
         warnings.warn(message, stacklevel=4)
     files: dict[str, bytes] = {}
     for (config, weights), (tensors, facts) in parts.items():
         files[config] = json.dumps(facts, indent=1).encode() + b"\n"
-        files[weights] = to_safetensors({n: v.detach().cpu().contiguous() for n, v in tensors.items()})
+        files[weights] = to_bytes(tensors)
     return files
+
+
+def _adapterhub_parts(model: nn.Module, adapter: Adapter) -> dict[tuple[str, str], tuple[dict[str, Tensor], Any]]:
+    """Names of a config and its weights → what they hold."""
+    store, model = store_of(model), owner_of(model)
+    if adapter.members:
+        members = [store[name] for name in adapter.members]
+        parts = {(HUB_FUSION, HUB_FUSION_WEIGHTS[0]): adapterhub.write_fusion(model, adapter, members)}
+    else:
+        parts = {(CONFIG, HUB_WEIGHTS[0]): adapterhub.write(model, store.sites, adapter)}
+    if adapter.copies:
+        parts |= {(HUB_HEAD, HUB_HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)}
+    return parts
 
 
 def _native(adapter: Adapter) -> dict[str, Tensor]:

@@ -8,6 +8,10 @@ class InfuseError(ValueError):
     """
 
 
+class WriteError(InfuseError):
+    """A file or folder that can't be written: a full disk, say, or no permission. What was there is still there."""
+
+
 def listed(names, limit: int = 12) -> str:
     """``a, b, c`` for an error message, cut after ``limit`` names."""
     names = [str(n) for n in names]

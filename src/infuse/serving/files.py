@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infuse import storage
 from infuse.adapter import Adapter
 from infuse.checkpoint import attach_bundle, facts_of, read_content, setup_of
 from infuse.errors import InfuseError
@@ -92,7 +93,7 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
         folder = child
         try:
             folder = adapter_folder(child)
-            if not S_ISREG(os.stat(folder / WEIGHTS).st_mode):
+            if not S_ISREG(os.stat(storage.current(folder) / WEIGHTS).st_mode):
                 continue
         except (InfuseError, FileNotFoundError, NotADirectoryError):
             continue
@@ -103,28 +104,37 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
 
 def stamp(folder: Path) -> Stamp:
     try:
-        seen = [os.stat(path) for path in sorted(folder.rglob(WEIGHTS))]
+        seen = [os.stat(path) for path in sorted(_weights(storage.current(folder)))]
     except OSError:  # just removed
         return ()
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in seen)
 
 
-def read(folder: Path, content: bytes | None = None) -> File:
-    """The files of an adapter, members included.
+def _weights(folder: Path) -> Iterator[Path]:
+    yield folder / WEIGHTS
+    yield from (folder / "members").rglob(WEIGHTS)
+
+
+def read(folder: Path) -> File:
+    """The files of an adapter, members included: all of them of one time, even while they are replaced.
 
     Raises:
         InfuseError: a file is missing, unreadable, or not Infuse's.
     """
+    return storage.reading(folder, _read)
+
+
+def _read(folder: Path) -> File:
     path = folder / WEIGHTS
     try:
-        content = path.read_bytes() if content is None else content
+        content = path.read_bytes()
     except OSError as error:
         raise InfuseError(f"{path.name} can't be read: {error.strerror}.") from None
     facts = facts_of(content, path)
     members = facts.get("members") or []
     if not isinstance(members, list) or len(set(map(str, members))) < len(members):
         raise InfuseError(f"{path.name} names its members wrongly; save or download it again.")
-    files = tuple(read(folder / "members" / check_name(str(m))) for m in members)
+    files = tuple(_read(folder / "members" / check_name(str(m))) for m in members)
     if any(file.members for file in files):
         raise InfuseError(f"{path.name} mixes adapters that are mixtures themselves.")
     return File(path, content, facts, files)
