@@ -66,7 +66,7 @@ static int hit(const char *what, int dir, const char *path, int space, int write
     if (writes) counts[TORN]++, counts[SHORT]++;
     if (log_fd >= 0) {
         char line[PATH_MAX + 64];
-        int size = snprintf(line, sizeof line, "%s%s\t%s\n", space ? "s" : "-", what, where);
+        int size = snprintf(line, sizeof line, "%c%s\t%s\n", writes ? 'w' : space ? 's' : '-', what, where);
         syscall(SYS_write, log_fd, line, size);
     }
     if (kind == FULL && space && counts[FULL] >= at) return errno = ENOSPC, -1;

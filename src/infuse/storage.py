@@ -64,8 +64,9 @@ def writing(folder: Path, *, wait: float = 0) -> Iterator[bool]:
             yield stale or left
     finally:
         for each in made:
-            with suppress(OSError):  # it holds something
-                each.rmdir()
+            with suppress(OSError):
+                if not any(each.iterdir()):
+                    each.rmdir()
 
 
 def in_use(folder: Path) -> bool:
@@ -183,8 +184,9 @@ def scratch() -> Iterator[Path]:
             try:
                 yield folder
             finally:
-                with suppress(OSError):
-                    _empty(folder)
+                for _ in range(2):  # what fails once may not fail twice; what does goes when the next one begins
+                    with suppress(OSError):
+                        _empty(folder)
     finally:
         with suppress(OSError):
             folder.rmdir()
@@ -251,7 +253,7 @@ def _opened(path: Path) -> int:
     while True:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        except FileNotFoundError:  # another process had made the folder, and it stayed empty
+        except FileNotFoundError:  # another process had made the folder for nothing
             path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -331,10 +333,11 @@ def _settle(folder: Path) -> None:
     paths = sorted((p for p in files.rglob("*") if p.is_file()), key=lambda p: (p.suffix != ".safetensors", p))
     places = {path: folder / path.relative_to(files) for path in paths}
     for path, place in places.items():
-        if path.suffix != ".safetensors":
-            place.unlink(missing_ok=True)
+        if path.suffix != ".safetensors" and os.path.lexists(place):
+            place.unlink()
     for path, place in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.is_dir():
+            place.parent.mkdir(parents=True)
         _place(path, place)
     for each in {place.parent for place in places.values()}:
         _sync(each)
@@ -347,7 +350,7 @@ def _place(path: Path, place: Path) -> None:
     if place.exists() and place.samefile(path):
         return
     part = place.with_name(_LINK)
-    part.unlink(missing_ok=True)
+    _delete(part)
     try:
         os.link(path, part)
     except OSError:  # not every file system has links
@@ -359,8 +362,8 @@ def _place(path: Path, place: Path) -> None:
 def _delete(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def _empty(folder: Path) -> None:

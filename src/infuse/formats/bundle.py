@@ -166,8 +166,9 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write files into a folder that nobody reads yet."""
     for name, content in files.items():
-        with storage.reported(folder):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).parent.is_dir():
+            with storage.reported(folder):
+                (folder / name).parent.mkdir(parents=True)
         storage.write(folder / name, content)
 
 
