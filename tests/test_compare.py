@@ -83,7 +83,7 @@ def table(report):
 
 
 def test_every_cell_is_on_disk_and_in_the_report(compared):
-    assert len(list((compared.folder / CELLS).iterdir())) == len(compared.cells) == 1 + 2 * len(METHODS)
+    assert len(list((compared.folder / CELLS).glob("*.json"))) == len(compared.cells) == 1 + 2 * len(METHODS)
     rows = table(compared.report)
     assert rows.keys() == {LOGISTIC, *METHODS}
     means = [row["accuracy %"].value for row in rows.values()]
@@ -270,7 +270,7 @@ def test_what_is_finished_is_not_run_again(quick):
 
     with pytest.raises(KeyboardInterrupt):
         compare(quick, callbacks=callbacks)
-    cells = {p.name: p.read_text() for p in (quick.folder() / CELLS).iterdir()}
+    cells = {p.name: p.read_text() for p in (quick.folder() / CELLS).glob("*.json")}
     assert len(cells) == 3 and (quick.folder() / "report.html").exists()  # logistic regression and the first round
     started.clear()
     found = compare(quick, callbacks=lambda: started.append(1) or [])
@@ -297,14 +297,14 @@ def test_other_settings_and_other_rows_are_refused(quick, tmp_path, hard):
 def test_damaged_settings_are_told_and_damaged_cells_run_again(quick):
     quick = replace(quick, methods=("head",), seeds=1)
     found = compare(quick)
-    path = quick.folder() / "config.yaml"
+    path = quick.folder() / CELLS / "config.yaml"
     whole = path.read_text()
     for content in (b"epochs: [", b"- epochs", b"", b"epochs", b"\xff\x00"):
         path.write_bytes(content)
         with pytest.raises(InfuseError, match=r"config\.yaml is damaged.*--out.*--overwrite"):
             compare(quick)
     path.write_text(whole)
-    for cell, content in zip((quick.folder() / CELLS).iterdir(), ("[1]", "{}"), strict=True):
+    for cell, content in zip((quick.folder() / CELLS).glob("*.json"), ("[1]", "{}"), strict=True):
         cell.write_text(content)
     again = compare(quick).cells
     assert [cell["predicted"] for cell in again] == [cell["predicted"] for cell in found.cells]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import infuse
-from infuse import Bottleneck, InfuseError, LoRA
+from infuse import Bottleneck, LoRA
 from infuse.testing import inputs, tiny, wake
 from infuse.testing.conformance import close, output
 
@@ -63,28 +63,33 @@ def test_what_is_read_is_what_was_saved_last(old, new, tmp_path):
     close(output(fresh, batch), output(model, batch, name))
 
 
-def test_a_reader_never_meets_files_of_two_adapters(tmp_path, monkeypatch):
-    """Between any two steps of the writing a folder is the old adapter, the new one, or none."""
+@pytest.mark.parametrize(("old", "new"), [("headed", "infuse"), ("infuse", "headed"), ("fusion", "infuse")])
+def test_a_reader_never_meets_files_of_two_adapters(tmp_path, monkeypatch, old, new):
+    """Before every step of the writing a folder is read as the old adapter or as the new one, whole."""
     model, folder, seen = adapted(), tmp_path / "both", []
     batch = inputs(model)
-    answers = [output(model, batch, name) for name in ("a", "bare")]
-    real = os.replace
-
-    def replaced(source, target):
-        seen.append(read())
-        real(source, target)
+    names = {"headed": "a", "infuse": "bare", "fusion": "a,b"}
+    answers = [output(model, batch, names[form]) for form in (old, new)]
 
     def read():
         fresh = tiny("bert", AutoModelForSequenceClassification)
-        try:
-            infuse.load(fresh, folder)
-        except InfuseError:
-            return None
+        infuse.load(fresh, folder)
         (which,) = (i for i, answer in enumerate(answers) if torch.allclose(output(fresh, batch), answer, atol=1e-5))
         return which
 
-    save(model, "headed", folder)
+    def watched(step):
+        real = getattr(os, step)
+
+        def stepped(*arguments, **options):
+            seen.append(read())
+            return real(*arguments, **options)
+
+        return stepped
+
+    save(model, old, folder)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", replaced)
-        infuse.save(model, "bare", folder)
-    assert [*seen, read()] == [0, None, 1]
+        for step in ("replace", "rename", "unlink", "link", "mkdir", "rmdir"):
+            patched.setattr(os, step, watched(step))
+        infuse.save(model, names[new], folder, format="adapterhub" if new == "headed" else "infuse")
+    seen.append(read())
+    assert seen == sorted(seen) and {*seen} == {0, 1} and len(seen) > 10

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import BertModel, TrainerCallback
 
 import infuse
-from infuse import InfuseError, bases
+from infuse import InfuseError, bases, storage
 from infuse.bases import load_base
 from infuse.data import Rows, read, stratified
 from infuse.heads import Head
@@ -284,16 +284,16 @@ import os, signal, sys, torch
 torch.set_num_threads({threads})
 from infuse.cli import main
 from infuse.training import engine
-step, save = engine.AdapterTrainer.training_step, engine.save_file
+step, save = engine.AdapterTrainer.training_step, engine.AdapterTrainer._save
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 def dying_step(self, *args, **options):
     return die() if self.state.global_step == {step} else step(self, *args, **options)
-def torn_save(tensors, path):
-    save(tensors, path)
-    if "checkpoint-{torn}" in str(path):
-        os.truncate(path, 300)
+def torn_save(self, folder, *rest):
+    save(self, folder, *rest)
+    if folder.endswith("checkpoint-{torn}"):
+        os.truncate(os.path.join(folder, engine.WEIGHTS), 300)
         die()
-engine.AdapterTrainer.training_step, engine.save_file = dying_step, torn_save
+engine.AdapterTrainer.training_step, engine.AdapterTrainer._save = dying_step, torn_save
 main(["train", "--config", sys.argv[1]])
 """
 
@@ -461,20 +461,23 @@ def test_a_replacement_that_is_killed_goes_on(tiny_base, toy, reference, tmp_pat
     def die(*args, **options):
         raise KeyboardInterrupt
 
-    clear = run._clear
+    place = storage._place
     at = {
         "training": (engine.AdapterTrainer, "_save_checkpoint", die),
         "writing": (run, "_write_curves", die),
-        "replacing": (run, "_clear", lambda folder: (clear(folder), die())),
+        "replacing": (storage, "_place", lambda *paths: (place(*paths), die())),
     }
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*at[when])
         train(replace(settings, overwrite=True))
+    predictor = open_run(tmp_path / "run")
+    found = store_of(predictor.base.model)["adapter"].info["metrics"]["validation"]
+    assert found == outcome(reference if when == "replacing" else tmp_path / "run")[1]
     if when != "replacing":
         assert same(outcome(tmp_path / "run")[0], old[0])
-    with pytest.raises(InfuseError, match=r"other settings \(seed\)"):
-        train(replace(settings, seed=1))
-    assert train(settings).metrics["resumed"] == (when != "training")
+        with pytest.raises(InfuseError, match=r"other settings \(seed\)"):
+            train(replace(settings, seed=1))
+    assert train(settings).metrics["resumed"] == (when == "writing")
     assert_same_outcome(tmp_path / "run", reference)
     assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(reference))
 

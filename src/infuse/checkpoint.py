@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from infuse import storage
 from infuse.adapter import Adapter, Delta, copies, fresh, key
 from infuse.arch import Arch
 from infuse.checks import check_model
@@ -36,6 +36,7 @@ from infuse.formats.bundle import (
     WEIGHTS,
     Bundle,
     fitted,
+    to_bytes,
     write_folder,
 )
 from infuse.formats.content import is_file, read_json, sound
@@ -51,7 +52,7 @@ from infuse.store import owner_of, store_in, store_of
 
 
 def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse") -> Path:
-    """Write one adapter, head included, into a folder; readers see the old or the new file, whole.
+    """Write one adapter, head included, into a folder; readers see the old or the new one, whole.
 
     A mixer's members go into ``members/NAME`` below it. AdapterHub's files have no place for a head of Infuse: with
     ``adapterhub`` it is left out, with a warning.
@@ -62,14 +63,24 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
         path: the folder; made if need be.
         format: ``infuse`` (which PEFT reads where it has the method) or ``adapterhub``.
     """
-    store, model = store_of(model), owner_of(model)
-    adapter = store[name]
+    write_folder(Path(path), files_of(model, name, format=format))
+    return Path(path)
+
+
+def files_of(model: nn.Module, name: str, *, format: str = "infuse") -> dict[str, bytes]:
+    """The files that :func:`save` writes: path in the folder → content; of equal adapters, the same bytes."""
+    adapter = store_of(model)[name]
     if format not in ("infuse", "adapterhub"):
         raise InfuseError(f"Unknown format {format!r}; choose infuse or adapterhub.")
-    if format == "adapterhub":
-        return _save_adapterhub(model, adapter, Path(path))
+    files = {}
     for member in adapter.members:
-        save(model, member, Path(path) / "members" / member)
+        own = files_of(model, member, format=format)
+        files |= {f"members/{member}/{path}": content for path, content in own.items()}
+    return files | (_files if format == "infuse" else _adapterhub_files)(model, adapter)
+
+
+def _files(model: nn.Module, adapter: Adapter) -> dict[str, bytes]:
+    store, model = store_of(model), owner_of(model)
     # Full fine-tuning has made another base: the head belongs to that one.
     base = Base.of(model, store.arch) if adapter.method.unfreezes else store.base
     tensors, config = _written(model, adapter, base)
@@ -81,11 +92,8 @@ def save(model: nn.Module, name: str, path: str | Path, *, format: str = "infuse
     }
     if isinstance(adapter.head, Head):
         tensors |= {HEAD + n: v.detach().contiguous() for n, v in adapter.head.state_dict().items()}
-    tensors = {n: v.cpu() for n, v in tensors.items()}
-    weights = to_safetensors(tensors, {"format": "pt", HEADER: native.dumped(header)})
-    folder = Path(path)
-    write_folder(folder, {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights})
-    return folder
+    weights = to_bytes(tensors, {"format": "pt", HEADER: native.dumped(header)})
+    return {CONFIG: json.dumps(config, indent=1).encode() + b"\n", WEIGHTS: weights}
 
 
 @fresh()
@@ -110,27 +118,11 @@ def load(
         InfuseError: a file is missing, truncated, corrupt or hostile; shapes do not fit; the base is another one. The
             model is as it was.
     """
-    return _load(model, Path(path), name, arch=arch, any_base=any_base)
-
-
-def _load(
-    model: nn.Module, path: Path, name: str | None, *, arch: Arch | None, any_base: bool, member: bool = False
-) -> Adapter:
-    bundle = read(model, path, name, arch=arch, any_base=any_base)
-    if member and bundle.members:  # which may well be itself, without end
-        raise InfuseError(f"The file in {path} mixes adapters and is a member of a mixture; members mix nothing.")
-    if not any_base:
-        _warn_of_base(model, bundle)
     store = store_in(model)
     have, before = (set(store.adapters), store.choice()) if store else (set(), None)
+    tree = storage.reading(Path(path), lambda folder: _read_tree(model, folder, name, have, arch, any_base))
     try:
-        for each in bundle.members:
-            folder = path if is_state(path) else path / "members" / check_name(each)
-            if each not in have:
-                _load(model, folder, each, arch=arch, any_base=any_base, member=True)
-            elif os.path.isdir(folder):
-                _check_member(model, each, read(model, folder, each, arch=arch, any_base=any_base))
-        return attach_bundle(model, bundle, name, arch=arch)
+        return _attach_tree(model, tree, name, have, arch)
     except BaseException:
         new = [each for each in store_of(model).adapters if each not in have] if store_in(model) else []
         for each in reversed(new):  # a mixer before its members
@@ -138,6 +130,37 @@ def _load(
         if store and before:
             store.choose(before)
         raise
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """An adapter and, of a mixer, the members that its folder holds."""
+
+    bundle: Bundle
+    members: dict[str, "_Tree"]
+
+
+def _read_tree(
+    model: nn.Module, folder: Path, name: str | None, have: set[str], arch: Arch | None, any_base: bool,
+    member: bool = False,
+) -> _Tree:  # fmt: skip
+    bundle = read(model, folder, name, arch=arch, any_base=any_base)
+    if member and bundle.members:  # which may well be itself, without end
+        raise InfuseError(f"The file in {folder} mixes adapters and is a member of a mixture; members mix nothing.")
+    if not any_base:
+        _warn_of_base(model, bundle)
+    folders = {m: folder if is_state(folder) else folder / "members" / check_name(m) for m in bundle.members}
+    wanted = {m: at for m, at in folders.items() if m not in have or os.path.isdir(at)}
+    return _Tree(bundle, {m: _read_tree(model, at, m, have, arch, any_base, True) for m, at in wanted.items()})
+
+
+def _attach_tree(model: nn.Module, tree: _Tree, name: str | None, have: set[str], arch: Arch | None) -> Adapter:
+    for member, own in tree.members.items():
+        if member in have:
+            _check_member(model, member, own.bundle)
+        else:
+            _attach_tree(model, own, member, have, arch)
+    return attach_bundle(model, tree.bundle, name, arch=arch)
 
 
 @fresh()
@@ -153,7 +176,7 @@ def read(
 
     ``name`` chooses among the adapters of a checkpoint of a whole model.
     """
-    model, folder = host_of(model, arch), Path(path)
+    model, folder = host_of(model, arch), storage.current(Path(path))
     check_model(model)
     if is_file(folder / HUB_FUSION) or is_file(adapterhub.tensors_path(folder, HUB_WEIGHTS)):
         return _read_adapterhub(model, folder, _sites(model, arch))
@@ -252,7 +275,7 @@ def _mixable(model: nn.Module, bundle: Bundle) -> list[Any]:
 def header(path: str | Path) -> dict[str, Any]:
     """The facts in an Infuse file, without a model: method, head, base, info."""
     weights = Path(path) / WEIGHTS
-    return facts_of(read_safetensors(weights), weights)
+    return facts_of(storage.reading(Path(path), lambda folder: read_safetensors(folder / WEIGHTS)), weights)
 
 
 @dataclass(frozen=True)
@@ -288,7 +311,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     """Replace facts about the head, and add to the info, in an Infuse file; its tensors stay bit for bit.
 
     No model is needed, so that nothing in the file can depend on the base or the precision it was loaded with. Readers
-    see the old or the new file, whole.
+    see the old or the new file, whole. For whoever holds the lock of the folder (:func:`infuse.storage.writing`).
     """
     folder, weights = Path(path), Path(path) / WEIGHTS
     content = read_safetensors(weights)  # once: the file may be replaced meanwhile
@@ -298,7 +321,7 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
     facts["head"] |= head
     facts["info"] |= info
     tensors, metadata = parse_tensors(content, weights)
-    write_folder(folder, {WEIGHTS: to_safetensors(tensors, metadata | {HEADER: native.dumped(facts)})}, whole=False)
+    storage.write(weights, to_bytes(tensors, metadata | {HEADER: native.dumped(facts)}))
 
 
 def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundle:
@@ -317,19 +340,6 @@ def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundl
     return sound(parse, folder)
 
 
-def _save_adapterhub(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    members = [store_of(model)[name] for name in adapter.members]
-    try:
-        made = {folder / "members" / member.name: _adapterhub_files(model, member, []) for member in members}
-        made[folder] = _adapterhub_files(model, adapter, members)
-    except InfuseError as error:
-        reason = str(error).removesuffix(".")
-        raise InfuseError(f"{reason}; save it in Infuse's own format, without format='adapterhub'.") from None
-    for each, files in made.items():  # only now: if one of them can't be expressed, none is written
-        write_folder(each, files)
-    return folder
-
-
 def config_of(model: nn.Module, name: str) -> dict[str, Any]:
     """What :func:`save` writes about an adapter for other tools."""
     return _written(owner_of(model), store_of(model)[name], store_of(model).base)[1]
@@ -342,27 +352,33 @@ def _written(model: nn.Module, adapter: Adapter, base: Base) -> tuple[dict[str, 
     return tensors, {"library": "infuse", "method": settings(adapter.method), "base_model_name_or_path": base.name}
 
 
-def _adapterhub_files(model: nn.Module, adapter: Adapter, members: list[Adapter]) -> dict[str, bytes]:
-    sites, model = store_of(model).sites, owner_of(model)
-    if members:
-        names = (HUB_FUSION, HUB_FUSION_WEIGHTS[0])
-        parts = {names: adapterhub.write_fusion(model, adapter, members)}
-    else:
-        parts = {(CONFIG, HUB_WEIGHTS[0]): adapterhub.write(model, sites, adapter)}
-    if adapter.copies:  # before the adapter, whose weights are replaced last
-        parts = {(HUB_HEAD, HUB_HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)} | parts
+def _adapterhub_files(model: nn.Module, adapter: Adapter) -> dict[str, bytes]:
+    try:
+        parts = _adapterhub_parts(model, adapter)
+    except InfuseError as error:
+        reason = str(error).removesuffix(".")
+        raise InfuseError(f"{reason}; save it in Infuse's own format, without format='adapterhub'.") from None
     if adapter.head is not None:
         message = f"AdapterHub's files have no place for Infuse's head of {adapter.name!r}; it is left out."
         warnings.warn(message, stacklevel=4)
     files: dict[str, bytes] = {}
     for (config, weights), (tensors, facts) in parts.items():
         files[config] = json.dumps(facts, indent=1).encode() + b"\n"
-        files[weights] = to_safetensors({n: v.detach().cpu().contiguous() for n, v in tensors.items()})
+        files[weights] = to_bytes(tensors)
     return files
 
 
-def _delta(adapter: Adapter, site: str) -> Delta:
-    return adapter.deltas[key(site)]  # type: ignore[return-value]  # a Delta: nothing else is put there
+def _adapterhub_parts(model: nn.Module, adapter: Adapter) -> dict[tuple[str, str], tuple[dict[str, Tensor], Any]]:
+    """Names of a config and its weights → what they hold."""
+    store, model = store_of(model), owner_of(model)
+    if adapter.members:
+        members = [store[name] for name in adapter.members]
+        parts = {(HUB_FUSION, HUB_FUSION_WEIGHTS[0]): adapterhub.write_fusion(model, adapter, members)}
+    else:
+        parts = {(CONFIG, HUB_WEIGHTS[0]): adapterhub.write(model, store.sites, adapter)}
+    if adapter.copies:
+        parts |= {(HUB_HEAD, HUB_HEAD_WEIGHTS[0]): adapterhub.write_head(model, adapter)}
+    return parts
 
 
 def _sites(model: nn.Module, arch: Arch | None) -> list[Site]:

@@ -38,6 +38,10 @@ def _escaped(character: str, keep: str) -> str:
     return character.encode("unicode_escape").decode() if hidden and character not in keep + _JOINERS else character
 
 
+class WriteError(InfuseError):
+    """A file or folder that can't be written: a full disk, say, or no permission. What was there is still there."""
+
+
 def listed(names, limit: int = 12) -> str:
     """``a, b, c`` for an error message, cut after ``limit`` names; long names lose their middle."""
     names = [str(n) for n in names]

@@ -15,6 +15,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from infuse import storage
 from infuse.calibrating.settings import CalibrateConfig
 from infuse.checkpoint import amend, header
 from infuse.data import Rows, digest, read, splits_of
@@ -24,7 +25,7 @@ from infuse.data.read import has_splits
 from infuse.errors import InfuseError
 from infuse.heads import TEMPERATURES
 from infuse.texts import logits, tokenize
-from infuse.training.folders import data_of, saved_adapter
+from infuse.training.folders import data_of, owner, saved_adapter
 from infuse.training.predictor import Predictor, open_run
 
 FEWEST = 20
@@ -65,6 +66,11 @@ def calibrate(config: CalibrateConfig) -> Calibration:
     if config.keep is not None and config.out_of_scope is not None:
         raise InfuseError("Give --keep or --out-of-scope, not both: either alone decides the threshold.")
     adapter = saved_adapter(config.run)
+    with storage.writing(owner(adapter)):
+        return _calibrated(config, adapter)
+
+
+def _calibrated(config: CalibrateConfig, adapter: Path) -> Calibration:
     rows = _rows(config, adapter)
     outside = None
     if config.out_of_scope is not None:

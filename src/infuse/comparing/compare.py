@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from infuse import storage
 from infuse.bases import BaseModel, load_base, skeleton
 from infuse.comparing.cell import LOGISTIC, Cell, Task, epochs_within, measure, measure_logistic
 from infuse.comparing.probe import read_probe
@@ -22,7 +21,7 @@ from infuse.comparing.settings import CompareConfig
 from infuse.data import splits_of
 from infuse.errors import InfuseError
 from infuse.method import make
-from infuse.report import Report, write
+from infuse.report import Report, put
 from infuse.sites import find_sites, select
 from infuse.training.folders import as_yaml, changed, check_folder
 from infuse.units import duration
@@ -77,7 +76,17 @@ def compare(config: CompareConfig, *, say: Say = lambda _: None, callbacks: Call
         say(f"warning: {warning}")
     planned, skipped = _plan(config)
     remarks = [*(f"About the data: {warning}" for warning in warnings), *skipped]
-    _prepare(config)
+    _check_folder(config)  # before it is made
+    with storage.writing(config.folder()):
+        _check_folder(config)
+        _begin(config)
+        return _run(config, task, planned, remarks, say, callbacks)
+
+
+def _run(
+    config: CompareConfig, task: Task, planned: list[Key], remarks: list[str], say: Say, callbacks: Callbacks
+) -> Comparison:
+    """Measure what is missing, and write the report."""
     cells = {key: cell for key in planned if (cell := _finished(config.folder(), key, task))}
     missing = [key for key in planned if key not in cells]
     say(f"{len(planned)} cells, {len(planned) - len(missing)} of them finished before")
@@ -91,13 +100,13 @@ def compare(config: CompareConfig, *, say: Say = lambda _: None, callbacks: Call
         cells[key] = runner.run(key)
         if "error" in cells[key]:
             say(f"warning: {key.method} failed: {cells[key]['error']}")
-        _write(key.path(config.folder()), cells[key])
+        storage.write(key.path(config.folder()), json.dumps(cells[key]) + "\n")
         last_of_round = done + 1 < len(missing) and missing[done + 1].seed != key.seed
-        if last_of_round:  # a report of what there is so far
-            write(report_on(config, task, _in_order(planned, cells), remarks), config.folder())
+        if last_of_round and not config.overwrite:  # a report of what there is so far; an older one stays to the end
+            _report(config, report_on(config, task, _in_order(planned, cells), remarks))
     ordered = _in_order(planned, cells)
     report = report_on(config, task, ordered, remarks)
-    write(report, config.folder())
+    _report(config, report)
     return Comparison(config.folder(), ordered, report)
 
 
@@ -180,19 +189,36 @@ def _plan(config: CompareConfig) -> tuple[list[Key], list[str]]:
     return planned, skipped
 
 
-def _prepare(config: CompareConfig) -> None:
-    folder = config.folder()
-    known = (folder / _CONFIG).exists() and (folder / CELLS).is_dir()
+def _check_folder(config: CompareConfig) -> None:
+    """Refuse a folder that holds something else, or a comparison with other settings that is not to be overwritten."""
+    folder, path = config.folder(), _config_file(config.folder())
+    known = path.exists() and (folder / CELLS).is_dir()
     check_folder(folder, known)
-    if known and config.overwrite:
-        shutil.rmtree(folder / CELLS)
-    elif known and (others := changed(config, folder / _CONFIG, _GROWS)):
+    if known and not config.overwrite and (others := changed(config, path, _GROWS)):
         raise InfuseError(
             f"{folder} holds a comparison with other settings ({', '.join(others)}); "
             "repeat them to go on with it, choose another --out, or pass --overwrite."
         )
-    (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    (folder / _CONFIG).write_text(as_yaml(config))
+
+
+def _config_file(folder: Path) -> Path:
+    """The settings of the cells; beside them stand those of the report, which may be older."""
+    begun = folder / CELLS / _CONFIG
+    return begun if begun.exists() else storage.current(folder) / _CONFIG
+
+
+def _begin(config: CompareConfig) -> None:
+    cells, settings = config.folder() / CELLS, as_yaml(config)
+    if config.overwrite or not cells.exists():
+        storage.begin(cells, {_CONFIG: settings})
+    else:
+        storage.write(cells / _CONFIG, settings)
+
+
+def _report(config: CompareConfig, report: Report) -> None:
+    with storage.replacing(config.folder()) as new:
+        put(report, new)
+        storage.write(new / _CONFIG, as_yaml(config))
 
 
 def _finished(folder: Path, key: Key, task: Task) -> Cell | None:
@@ -206,13 +232,6 @@ def _finished(folder: Path, key: Key, task: Task) -> Cell | None:
     if cell["rows"] != task.digest():
         raise InfuseError(f"The data has changed since {folder} was begun; choose another --out, or pass --overwrite.")
     return None if "error" in cell else cell
-
-
-def _write(path: Path, cell: Cell) -> None:
-    """At once or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(cell) + "\n")
-    os.replace(part, path)
 
 
 def _in_order(planned: Sequence[Key], cells: dict[Key, Cell]) -> list[Any]:

@@ -3,19 +3,18 @@
 import json
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from infuse import storage
 from infuse.bases import BaseModel
 from infuse.comparing.clock import now
 from infuse.data import Rows
@@ -85,9 +84,9 @@ def peak_memory(base: BaseModel, train: Rows, settings: Settings) -> int | None:
 def file_size(base: BaseModel) -> int:
     """Bytes of the files that hold what was trained: the adapter, or under full fine-tuning the whole model, too."""
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory(prefix="infuse-") as folder:
-        write_model(base, store_of(base.model)[ADAPTER].method.unfreezes, Path(folder))
-        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    with storage.scratch() as folder:
+        write_model(base, store_of(base.model)[ADAPTER].method.unfreezes, folder / "files")
+        return sum(path.stat().st_size for path in (folder / "files").rglob("*") if path.is_file())
 
 
 def latency(

@@ -1,16 +1,16 @@
 """What a file of an adapter holds, whoever wrote it; and the writing of such files, safely."""
 
-import os
-import shutil
-import tempfile
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from infuse import storage
 from infuse.arch import ROLES
 from infuse.errors import InfuseError
 from infuse.method import Method, Params
@@ -56,34 +56,45 @@ class Bundle:
     members: list[str] = field(default_factory=list)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], *, whole: bool = True) -> None:
-    """Write files into a folder so that a reader sees each old or new, whole; the last one is replaced last.
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a ``.safetensors`` file: of equal tensors and metadata, always the same bytes.
 
-    A new folder appears complete or not at all. If the files are a ``whole`` adapter, those of an earlier one that are
-    not among them go before the last is replaced, so that it is never read with them; files of others stay.
+    (safetensors writes the metadata in another order each time.)
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: value.detach().cpu().contiguous() for name, value in sorted(tensors.items())}
+    content = to_safetensors(plain, dict(metadata) if metadata else None)
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = json.loads(content[8:end])
+    if metadata:
+        head["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def as_json(facts: Any) -> str:
+    """JSON whose keys are in order, so that equal facts are equal bytes."""
+    return json.dumps(json.loads(json.dumps(facts)), sort_keys=True)  # twice: keys become strings, which have an order
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of an adapter into a folder, all at once: a reader sees those of the old or of the new one.
+
+    Files of an earlier adapter that are not among them go; files of others stay. A name may be a path in the folder.
+    """
     if folder.exists() and not folder.is_dir():
         raise InfuseError(f"{folder} is a file; give the path of a folder to save the adapter in.")
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        for name, content in files.items():
-            with open(staging / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if not folder.exists():
-            staging.chmod(0o755)
-            staging.rename(folder)
-            return
-        *others, last = files
-        for name in others:
-            os.replace(staging / name, folder / name)
-        for name in FILES.difference(files) if whole else ():
-            (folder / name).unlink(missing_ok=True)
-        os.replace(staging / last, folder / last)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with storage.writing(folder, wait=storage.PATIENCE), storage.replacing(folder, FILES) as new:
+        write_files(new, files)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder that nobody reads yet."""
+    for name, content in files.items():
+        if not (folder / name).parent.is_dir():
+            with storage.reported(folder):
+                (folder / name).parent.mkdir(parents=True)
+        storage.write(folder / name, content)
 
 
 def roles_of(sites: Iterable[Site]) -> tuple[str, ...]:

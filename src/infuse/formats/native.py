@@ -1,6 +1,5 @@
 """Infuse's own files: what their header says, checked word by word, and the adapter that it describes."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from infuse.adapter import Adapter, Delta, dotted, key
 from infuse.errors import InfuseError, listed
 from infuse.formats import peft
-from infuse.formats.bundle import Bundle, fitted
+from infuse.formats.bundle import Bundle, as_json, fitted
 from infuse.formats.content import NAMES, TEXT_LENGTH, check_names, parse_json, sound
 from infuse.formats.tensors import parse_metadata
 from infuse.heads import Head
@@ -205,7 +204,7 @@ def dumped(facts: Mapping[str, Any]) -> str:
         InfuseError: an adapter's info, say, holds what JSON has no form for.
     """
     try:
-        text = json.dumps(facts)
+        text = as_json(facts)
     except (TypeError, ValueError, RecursionError) as error:
         raise InfuseError(f"The adapter's facts can't be written as JSON ({error}); mend its info.") from None
     parse_facts(text, Path("the adapter"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from infuse import storage
 from infuse.bases import BaseModel, load_base, outline, tokenizer_of
 from infuse.comparing.costs import latency
 from infuse.data import Splits, splits_of
@@ -24,7 +25,7 @@ from infuse.recommending.limits import misses
 from infuse.recommending.page import report
 from infuse.recommending.race import race
 from infuse.recommending.settings import RecommendConfig
-from infuse.report import Report, write
+from infuse.report import Report, put
 from infuse.sites import find_sites
 from infuse.texts import Tokens, tokenize
 from infuse.training.config import TrainConfig
@@ -63,7 +64,19 @@ def recommend(config: RecommendConfig, *, say: Say = lambda _: None, spent: floa
     began, runtime = time.perf_counter() - spent, resident()
     config.check()
     end = began + config.seconds
-    folder = check_folder(config.folder(), (config.folder() / CONFIG).exists())
+    folder = config.folder()
+    _check_folder(folder)  # before it is made
+    with storage.writing(folder):
+        _check_folder(folder)
+        return _recommended(config, runtime, end, say)
+
+
+def _check_folder(folder: Path) -> None:
+    check_folder(folder, (storage.current(folder) / CONFIG).exists())
+
+
+def _recommended(config: RecommendConfig, runtime: int, end: float, say: Say) -> Recommendation:
+    folder = config.folder()
     splits, task, tokens, remarks = _read(config)
     for remark in remarks:
         say(f"warning: {remark}")
@@ -75,11 +88,11 @@ def recommend(config: RecommendConfig, *, say: Say = lambda _: None, spent: floa
     verdict = decide(found)
     answer = report(found, verdict)
     train = train_config(found, verdict.chosen) if verdict else None
-    write(answer, folder)
-    (folder / CONFIG).write_text(as_yaml(config))
-    (folder / TRAIN).unlink(missing_ok=True)
-    if train:
-        (folder / TRAIN).write_text(as_yaml(train))
+    with storage.replacing(folder, (TRAIN,)) as new:
+        put(answer, new)
+        storage.write(new / CONFIG, as_yaml(config))
+        if train:
+            storage.write(new / TRAIN, as_yaml(train))
     return Recommendation(folder, train, answer, {c.name: each for c, each in found.costs.items()}, verdict)
 
 

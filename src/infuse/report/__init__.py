@@ -10,4 +10,5 @@ from infuse.report.model import Report as Report
 from infuse.report.model import Scatter as Scatter
 from infuse.report.model import Series as Series
 from infuse.report.model import Table as Table
+from infuse.report.write import put as put
 from infuse.report.write import write as write

@@ -7,7 +7,6 @@ and a reader needs no legend.
 import io
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -45,10 +44,12 @@ def svg(figure: Figure, prefix: str) -> str:
     return drawn.replace(INK, "currentColor").strip()
 
 
-def png(figure: Figure, path: Path) -> None:
-    """The same figure on white."""
+def png(figure: Figure) -> bytes:
+    """The content of a PNG file with the same figure on white."""
+    content = io.BytesIO()
     with plain_names(_has_formulas(figure)):
-        _draw(figure).savefig(path, dpi=160, **_paper(figure))
+        _draw(figure).savefig(content, format="png", dpi=160, **_paper(figure))
+    return content.getvalue()
 
 
 def _has_formulas(figure: Figure) -> bool:

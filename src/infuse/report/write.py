@@ -3,29 +3,34 @@
 import re
 from pathlib import Path
 
+from infuse import storage
 from infuse.report.figures import png
 from infuse.report.html import as_html
 from infuse.report.model import Report
 from infuse.report.text import as_csv, as_json, as_markdown
 
+PAGE = "report.html"
+
 
 def write(report: Report, folder: str | Path) -> Path:
+    """Write what :func:`put` says into a folder, all at once; returns the path of the page."""
+    with storage.writing(Path(folder), wait=storage.PATIENCE), storage.replacing(Path(folder)) as new:
+        put(report, new)
+    return Path(folder) / PAGE
+
+
+def put(report: Report, folder: Path) -> None:
     """Write ``report.html``, ``.md`` and ``.json``, the first table as ``report.csv``, and a PNG per figure and a CSV
-    per further table, named after their titles; returns the path of the page.
+    per further table, named after their titles, into a folder that is there.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = [f"{_slug(figure.title)}.png" for figure in report.figures]
     for figure, name in zip(report.figures, pictures, strict=True):
-        png(figure, folder / name)
+        storage.write(folder / name, png(figure))
     for i, table in enumerate(report.tables):
-        name = "report.csv" if i == 0 else f"{_slug(table.title)}.csv"
-        (folder / name).write_text(as_csv(table), encoding="utf-8")
-    (folder / "report.md").write_text(as_markdown(report, pictures), encoding="utf-8")
-    (folder / "report.json").write_text(as_json(report), encoding="utf-8")
-    page = folder / "report.html"
-    page.write_text(as_html(report), encoding="utf-8")
-    return page
+        storage.write(folder / ("report.csv" if i == 0 else f"{_slug(table.title)}.csv"), as_csv(table))
+    storage.write(folder / "report.md", as_markdown(report, pictures))
+    storage.write(folder / "report.json", as_json(report))
+    storage.write(folder / PAGE, as_html(report))
 
 
 def _slug(title: str) -> str:

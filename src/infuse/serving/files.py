@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from infuse import storage
 from infuse.adapter import Adapter
 from infuse.checkpoint import attach_bundle, facts_of, read_content, setup_of
 from infuse.errors import InfuseError
@@ -93,7 +94,7 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
         folder = child
         try:
             folder = adapter_folder(child)
-            if not S_ISREG(os.stat(folder / WEIGHTS).st_mode):
+            if not S_ISREG(os.stat(storage.current(folder) / WEIGHTS).st_mode):
                 continue
         except (InfuseError, FileNotFoundError, NotADirectoryError):
             continue
@@ -104,18 +105,23 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
 
 def stamp(folder: Path) -> Stamp:
     try:
-        seen = [os.stat(path) for path in [folder / WEIGHTS, *sorted(folder.glob(f"members/*/{WEIGHTS}"))]]
+        now = storage.current(folder)
+        seen = [os.stat(path) for path in [now / WEIGHTS, *sorted(now.glob(f"members/*/{WEIGHTS}"))]]
     except OSError:  # just removed
         return ()
     return tuple((each.st_ino, each.st_mtime_ns, each.st_size) for each in seen)
 
 
 def read(folder: Path) -> File:
-    """The files of an adapter, members included.
+    """The files of an adapter, members included: all of them of one time, even while they are replaced.
 
     Raises:
         InfuseError: a file is missing, unreadable, or not Infuse's.
     """
+    return storage.reading(folder, _read)
+
+
+def _read(folder: Path) -> File:
     file = _alone(folder)
     members = tuple(_alone(folder / "members" / name) for name in file.facts["members"])
     if any(member.facts["members"] for member in members):

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from infuse import storage
 from infuse.adapter import Adapter
 from infuse.errors import InfuseError
+from infuse.formats.bundle import to_bytes
 from infuse.heads import HEADS, Head, apply
 from infuse.model import penalty, store_of
 from infuse.training.batches import Buckets
@@ -101,7 +103,11 @@ class AdapterTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: p.detach().contiguous() for n, p in trained(self.model)}, folder / WEIGHTS)
+        storage.write(folder / WEIGHTS, to_bytes(dict(trained(self.model))))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with storage.reported(Path(str(self.args.output_dir))):  # torch writes the optimizer's state in C++
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = load_file(Path(resume_from_checkpoint) / WEIGHTS)

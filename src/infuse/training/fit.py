@@ -1,8 +1,6 @@
 """Train one adapter on labelled rows."""
 
 import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from infuse import storage
 from infuse.adapter import Adapter
 from infuse.bases import BaseModel
 from infuse.data import Rows
@@ -146,11 +145,8 @@ def _folder(checkpoints: Path | None):
         checkpoints.mkdir(parents=True, exist_ok=True)
         yield checkpoints
         return
-    temporary = Path(tempfile.mkdtemp(prefix="infuse-"))
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with storage.scratch() as folder:
+        yield folder
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from infuse import storage
 from infuse.errors import InfuseError, listed
 from infuse.escaping import csv_text
 from infuse.formats.bundle import WEIGHTS
@@ -18,16 +19,28 @@ from infuse.training.config import TrainConfig
 ADAPTER, AVERAGE, CHECKPOINTS, CONFIG, MODEL = "adapter", "adapter-average", "checkpoints", "config.yaml", "model"
 _SETTINGS_BYTES = 128 << 10
 """Of a file of settings, which YAML's reader takes a second for; ours have two thousand."""
+METRICS = "metrics.json"
+"""What a finished run has; beside :data:`CHECKPOINTS` it is an older one, which stays until the new one is whole."""
 
 
 def adapter_folder(path: str | Path) -> Path:
     """The adapter in a run folder, or the folder itself if it is an adapter's; an error for an unfinished run."""
     folder = Path(path)
-    if (folder / CHECKPOINTS).exists():
+    if (folder / CHECKPOINTS).exists() and not ended(folder):
         raise InfuseError(
             f"The run in {folder} still trains or was interrupted; wait for it, or give its command again to finish it."
         )
-    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    return folder / ADAPTER if (storage.current(folder) / ADAPTER).is_dir() else folder
+
+
+def ended(folder: Path) -> bool:
+    """Whether a folder holds a finished run, which another one may be about to replace."""
+    return (storage.current(folder) / METRICS).exists()
+
+
+def owner(adapter: Path) -> Path:
+    """The folder whose lock (:func:`infuse.storage.writing`) guards an adapter: its run's, if it belongs to one."""
+    return adapter.parent if adapter.name == ADAPTER and ended(adapter.parent) else adapter
 
 
 def saved_adapter(path: str | Path) -> Path:
@@ -37,18 +50,18 @@ def saved_adapter(path: str | Path) -> Path:
         what = f"{folder} is a file" if folder.exists() else f"There is no folder {folder}"
         raise InfuseError(f"{what}; give a run folder, or an adapter's folder.")
     adapter = adapter_folder(folder)
-    if not (adapter / WEIGHTS).is_file():
+    if not (storage.current(adapter) / WEIGHTS).is_file():
         inside = sorted([*folder.glob(f"*/{WEIGHTS}"), *folder.glob(f"*/{ADAPTER}/{WEIGHTS}")])
         runs = [folder / path.relative_to(folder).parts[0] for path in inside if path.is_file()]
-        ended = [run for run in runs if not (run / CHECKPOINTS).exists()]
-        hint = f" in it, such as {ended[0]}" if ended else ""
+        done = [run for run in runs if ended(run) or not (run / CHECKPOINTS).exists()]
+        hint = f" in it, such as {done[0]}" if done else ""
         raise InfuseError(f"{adapter} holds no {WEIGHTS}; give a run folder{hint}, or an adapter's folder.")
     return adapter
 
 
 def data_of(run: str | Path) -> dict[str, Any]:
     """Where ``config.yaml`` in a run folder says that its rows come from; empty if it is damaged or not there."""
-    found = read_settings(Path(run) / CONFIG) or {}
+    found = read_settings(storage.current(Path(run)) / CONFIG) or {}
     names = ("data", "validation", "test", "text", "label", "multi", "validation_fraction", "seed")
     about = {name: found[name] for name in names if name in found}
     try:
@@ -97,7 +110,7 @@ def changed(config: Any, path: Path, free: Sequence[str] = ("out", "overwrite"))
 def config_file(folder: Path) -> Path:
     """Where the settings of the run in the folder are: a run that has not ended keeps them beside its checkpoints."""
     begun = folder / CHECKPOINTS / CONFIG
-    return begun if begun.exists() else folder / CONFIG
+    return begun if begun.exists() else storage.current(folder) / CONFIG
 
 
 def check_folder(folder: Path, ours: bool) -> Path:
@@ -107,10 +120,11 @@ def check_folder(folder: Path, ours: bool) -> Path:
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise InfuseError(f"{above} is no folder that can be written into; choose another folder to write.")
-    if not ours and folder.exists() and (names := sorted(path.name for path in folder.iterdir())):
+    names = sorted({path.name for path in folder.iterdir()} - storage.RESERVED) if folder.exists() else []
+    if names and not ours:
         raise InfuseError(f"{folder} holds other files ({listed(names, 3)}); choose an empty or new folder.")
     return folder
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text(csv_text([*rows[:1], *([row.get(name, "") for name in rows[0]] for row in rows)]), encoding="utf-8")
+    storage.write(path, csv_text([*rows[:1], *([row.get(name, "") for name in rows[0]] for row in rows)]))

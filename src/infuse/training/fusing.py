@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
-from infuse.checkpoint import header, save
+from infuse import storage
+from infuse.checkpoint import files_of, header
 from infuse.combine import average
 from infuse.errors import InfuseError
+from infuse.formats.bundle import FILES, write_files
 from infuse.heads import Head
 from infuse.method import Mixer, make
 from infuse.model import store_of
@@ -48,7 +50,17 @@ def average_runs(config: AverageConfig, *, say: Say = lambda _: None) -> Path:
     """Write the average of several runs' adapters; its head is the average too where all have the same labels."""
     if len(config.runs) < 2:
         raise InfuseError("Averaging needs two or more run folders.")
-    check_folder(config.out, _is_average(config.out))
+    check_folder(config.out, _is_average(config.out))  # before it is made
+    with storage.writing(config.out):
+        check_folder(config.out, _is_average(config.out))
+        files = _average(config, say)
+        with storage.replacing(config.out, FILES) as new:
+            write_files(new, files)
+    return config.out
+
+
+def _average(config: AverageConfig, say: Say) -> dict[str, bytes]:
+    """The files of the average."""
     predictor = open_run(config.runs[0])
     model = predictor.base.model
     names = load_members(model, config.runs)
@@ -66,7 +78,7 @@ def average_runs(config: AverageConfig, *, say: Say = lambda _: None) -> Path:
     known = store_of(model)[names[0]].info  # of which the data, the metrics and the calibration are the run's alone
     soup.info = {name: known[name] for name in ("run", "label_type", "label_columns") if name in known}
     soup.info["average"] = [str(run) for run in config.runs]
-    return save(model, soup.name, config.out)
+    return files_of(model, soup.name)
 
 
 def _is_average(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infuse import storage
 from infuse.report import Column, Drawn, Report, Table
 from infuse.report.figures import png
 from infuse.report.html import as_html
@@ -27,8 +28,8 @@ def write_page(
         classes: what ``per_class.csv`` holds.
     """
     for name, figure in figures.items():
-        png(figure, folder / f"{name}.png")
-    (folder / PAGE).write_text(as_html(_report(config, metrics, classes, list(figures.values()))), encoding="utf-8")
+        storage.write(folder / f"{name}.png", png(figure))
+    storage.write(folder / PAGE, as_html(_report(config, metrics, classes, list(figures.values()))))
 
 
 def _report(

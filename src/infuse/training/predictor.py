@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infuse import storage
 from infuse.bases import BaseModel, load_base
 from infuse.checkpoint import header, load, setup_of
 from infuse.data import Rows
@@ -58,7 +59,7 @@ def open_run(path: str | Path, base: str | None = None, precision: str | None = 
         base: the base to use, if it is not found under the name that was used in training.
         precision: of the trunk; by default the one in which the adapter was trained and measured.
     """
-    folder, adapter = Path(path), saved_adapter(path)
+    folder, adapter = storage.current(Path(path)), saved_adapter(path)
     facts = header(adapter)
     if facts["head"] is None:
         raise InfuseError(f"The adapter in {adapter} has no classification head; it can't label texts.")

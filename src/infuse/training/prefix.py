@@ -4,7 +4,6 @@ With ``layers: last:2`` of six, four layers give the same hidden states in every
 in memory or, beyond a budget, in an unnamed temporary file that is mapped into memory.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from infuse import storage
 from infuse.adapter import Adapter
 from infuse.bases import BaseModel
 from infuse.model import route, store_of
@@ -126,8 +126,8 @@ def _run(base: BaseModel, prefix: Prefix, tokens: Tokens) -> Iterator[tuple[list
 def _room(count: int, width: int, dtype: torch.dtype) -> Tensor:
     if count * width * dtype.itemsize <= BUDGET:
         return torch.empty(count, width, dtype=dtype)
-    with tempfile.NamedTemporaryFile(prefix="infuse-") as file:  # the mapping outlives the name
-        return torch.from_file(file.name, shared=True, size=count * width, dtype=dtype).view(count, width)
+    with storage.scratch() as folder, storage.reported(folder):  # the mapping outlives the name
+        return torch.from_file(str(folder / "hidden"), shared=True, size=count * width, dtype=dtype).view(count, width)
 
 
 def _same(hidden: Tensor) -> Tensor:

@@ -1,11 +1,9 @@
 """One run of ``infuse train``: from a data source and a base's name to a run folder."""
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +12,12 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from infuse import storage
 from infuse.bases import BaseModel, load_base, write_plain
-from infuse.checkpoint import header, save
+from infuse.checkpoint import files_of, header
 from infuse.data import Rows, Splits, digest, splits_of
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, WriteError
+from infuse.formats.bundle import write_files
 from infuse.method import Mixer, make
 from infuse.model import fusable_sites, store_of, summary
 from infuse.report import Drawn
@@ -32,11 +32,13 @@ from infuse.training.folders import (
     ADAPTER,
     CHECKPOINTS,
     CONFIG,
+    METRICS,
     MODEL,
     as_yaml,
     changed,
     check_folder,
     config_file,
+    ended,
     write_csv,
 )  # fmt: skip
 from infuse.training.members import ATTENTION, load_members, write_attention
@@ -45,7 +47,12 @@ from infuse.training.page import PAGE, write_page
 from infuse.training.plots import confusion_plot, curves_plot
 from infuse.training.predictor import Predictor
 
-_METRICS, _DIGEST = "metrics.json", "data.sha256"
+_DIGEST = "data.sha256"
+_WRITTEN = (
+    METRICS, CONFIG, ADAPTER, MODEL, PAGE, "per_class.csv", "confusion.png", "curves.csv", "curves.png",
+    *(f"{name}.{kind}" for name in ATTENTION for kind in ("csv", "png")),
+)  # fmt: skip
+"""All that a run may leave in its folder."""
 
 
 @dataclass
@@ -80,26 +87,72 @@ def train(
     model, in ``model/``.
     """
     config.check()
-    method = make(config.method)
-    folder = _prepare(config, keep)
-    warnings: list[str] = []
-    if splits is None:
-        splits, warnings = splits_of(vars(config))
-    for warning in warnings:
-        say(f"warning: {warning}")
-    data, known = digest(splits.train, splits.validation), folder / CHECKPOINTS / _DIGEST
-    if not config.overwrite:
-        ended = _metrics(folder) if _ended(folder) else {}
-        facts = header(folder / ADAPTER)["info"] if ended else {}
-        # None: nothing was begun here, or by what tells no digest.
-        before = known.read_text(errors="replace") if known.exists() else facts.get("data_sha256")
-        if before not in (None, data):
-            raise InfuseError(
-                f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
-            )
-        if ended:
+    folder = config.folder()
+    if not storage.in_use(folder):
+        _check_folder(config, keep)  # before it is made, or touched
+    with storage.writing(folder) as cut_short:
+        keep |= cut_short and not config.overwrite  # of a command that was killed in its very last steps
+        _check_folder(config, keep)
+        splits, warnings = (splits, []) if splits else splits_of(vars(config))
+        for warning in warnings:
+            say(f"warning: {warning}")
+        data = digest(splits.train, splits.validation)
+        metrics = _kept(config, data)
+        if metrics is None:
+            metrics = _trained(config, splits, data, base, say, callbacks)
+        else:
             say(f"{folder} holds this run already: it is kept")
-            return Run(folder, ended, warnings)
+    return Run(folder, metrics, warnings)
+
+
+def _check_folder(config: TrainConfig, keep: bool) -> None:
+    """Refuse a folder that holds something else, or another run, which is not to be overwritten."""
+    folder = config.folder()
+    path = config_file(folder)
+    known = path.exists()
+    check_folder(folder, known or ended(folder))
+    if config.overwrite and known:
+        return
+    begun = path == folder / CHECKPOINTS / CONFIG
+    if begun and (others := changed(config, path)):
+        raise InfuseError(
+            f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
+            "repeat them to resume it, choose another --out, or pass --overwrite."
+        )
+    if not begun and ended(folder) and not (keep and known and not changed(config, path)):
+        raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
+
+
+def _kept(config: TrainConfig, data: str) -> dict[str, Any] | None:
+    """The metrics of a finished run in the folder, if there is one and no other has begun to replace it.
+
+    Raises:
+        InfuseError: the data isn't that with which the run, begun or finished, was begun.
+    """
+    folder, begun = config.folder(), config.folder() / CHECKPOINTS / _DIGEST
+    if config.overwrite:
+        return None
+    finished = ended(folder) and not begun.exists()
+    facts = header(folder / ADAPTER)["info"] if finished else {}
+    # None: nothing was begun here, or by what tells no digest.
+    before = begun.read_text(errors="replace") if begun.exists() else facts.get("data_sha256")
+    if before not in (None, data):
+        raise InfuseError(
+            f"The data has changed since the run in {folder} was begun; choose another --out, or pass --overwrite."
+        )
+    return _metrics(folder) if finished else None
+
+
+def _trained(
+    config: TrainConfig,
+    splits: Splits,
+    data: str,
+    base: BaseModel | None,
+    say: Say,
+    callbacks: Sequence[TrainerCallback],
+) -> dict[str, Any]:
+    """Train, measure, and write all of the run; its metrics."""
+    folder, method = config.folder(), make(config.method)
     labels = splits.train.label_set
     precision = config.trunk_precision
     count = len(labels) if config.head == "hf" else None
@@ -117,7 +170,7 @@ def train(
     baseline = None
     if config.baseline:
         baseline = logistic_regression(base, splits.train, evaluated, config.max_length)
-    with _staged(config, data) as new:
+    with _begun(config, data):
         started = time.perf_counter()
         fitted = fit(
             base, splits.train, splits.validation, config,
@@ -164,14 +217,16 @@ def train(
             "data": config.data,
             "data_sha256": data,
         }
-        write_model(base, method.unfreezes, new)
-        if members:
-            figures |= write_attention(base, fitted.adapter, splits.validation, config.max_length, new)
-        _write_curves(new, fitted.history)
-        write_csv(new / "per_class.csv", classes)
-        write_page(new, config, metrics, classes, figures)
-        (new / _METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-    return Run(folder, metrics, warnings)
+        with storage.replacing(folder, (*_WRITTEN, CHECKPOINTS)) as new:
+            write_model(base, method.unfreezes, new)
+            if members:
+                figures |= write_attention(base, fitted.adapter, splits.validation, config.max_length, new)
+            _write_curves(new, fitted.history)
+            write_csv(new / "per_class.csv", classes)
+            write_page(new, config, metrics, classes, figures)
+            storage.write(new / CONFIG, as_yaml(config))
+            storage.write(new / METRICS, json.dumps(metrics, indent=1) + "\n")
+    return metrics
 
 
 def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -181,65 +236,27 @@ def evaluate(predictor: Predictor, rows: Rows) -> tuple[dict[str, float], list[d
     return overall(targets, predicted), per_class(targets, predicted, predictor.labels)
 
 
-def _ended(folder: Path) -> bool:
-    return (folder / _METRICS).exists() and not (folder / CHECKPOINTS).exists()
-
-
 def _metrics(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / _METRICS).read_text(encoding="utf-8")))
+        return dict(json.loads((folder / METRICS).read_text(encoding="utf-8")))
     except (ValueError, TypeError):
-        raise InfuseError(f"{folder / _METRICS} is damaged; choose another --out, or pass --overwrite.") from None
-
-
-def _prepare(config: TrainConfig, keep: bool) -> Path:
-    folder = config.folder()
-    known = config_file(folder).exists()
-    check_folder(folder, known or _ended(folder))
-    if config.overwrite and known:
-        return folder
-    written = config_file(folder)
-    if _ended(folder) and not (keep and known and not changed(config, written)):
-        raise InfuseError(f"{folder} holds a finished run; choose another --out, or pass --overwrite.")
-    if (folder / CHECKPOINTS).exists() and known and (others := changed(config, written)):
-        raise InfuseError(
-            f"{folder} holds an interrupted run with other settings ({', '.join(others)}); "
-            "repeat them to resume it, choose another --out, or pass --overwrite."
-        )
-    return folder
+        raise InfuseError(f"{folder / METRICS} is damaged; choose another --out, or pass --overwrite.") from None
 
 
 @contextmanager
-def _staged(config: TrainConfig, data: str) -> Iterator[Path]:
-    """A folder for what a run makes, put into the run's own once all is made: an older run stays until then."""
-    folder = config.folder()
-    begun, made = folder / CHECKPOINTS, not folder.exists()
-    if config.overwrite:
-        shutil.rmtree(begun, ignore_errors=True)
-    new = begun / "results"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    (begun / CONFIG).write_text(as_yaml(config))
-    (begun / _DIGEST).write_text(data)
+def _begun(config: TrainConfig, data: str) -> Iterator[None]:
+    """A folder inside the run's for the states of its training, which says from the first what they belong to."""
+    checkpoints, older = config.folder() / CHECKPOINTS, ended(config.folder())
+    if config.overwrite or not (checkpoints / CONFIG).exists():
+        storage.begin(checkpoints, {CONFIG: as_yaml(config), _DIGEST: data})
     try:
-        yield new
+        yield
     except Exception as error:
-        if isinstance(error, InfuseError) or (folder / _METRICS).exists():  # else the run can be resumed
-            # Other settings may now use the folder, or the older run goes on.
-            shutil.rmtree(folder if made else begun, ignore_errors=True)
+        if older or (isinstance(error, InfuseError) and not isinstance(error, WriteError)):
+            # The older run goes on, or other settings may now use the folder; else the run can be resumed.
+            with suppress(InfuseError):
+                storage.remove(checkpoints)
         raise
-    _clear(folder)
-    for path in (*new.iterdir(), begun / CONFIG):
-        os.replace(path, folder / path.name)
-    shutil.rmtree(begun)
-
-
-def _clear(folder: Path) -> None:
-    for name in (ADAPTER, MODEL):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    heat_maps = (f"{name}.{kind}" for name in ATTENTION for kind in ("csv", "png"))
-    for name in (_METRICS, CONFIG, PAGE, "per_class.csv", "confusion.png", "curves.csv", "curves.png", *heat_maps):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,9 +267,10 @@ def _predict(base: BaseModel, rows: Rows, labels: Sequence[str], max_length: int
 
 def write_model(base: BaseModel, whole: bool, folder: Path) -> None:
     """The adapter, in ``adapter/``; with ``whole``, under full fine-tuning, also the model, in ``model/``."""
-    save(base.model, ADAPTER, folder / ADAPTER)
+    write_files(folder / ADAPTER, files_of(base.model, ADAPTER))
     if whole:
-        write_plain(base, store_of(base.model)[ADAPTER], folder / MODEL)
+        with storage.reported(folder / MODEL):
+            write_plain(base, store_of(base.model)[ADAPTER], folder / MODEL)
 
 
 def _write_curves(folder: Path, history: list[dict[str, float]]) -> None:

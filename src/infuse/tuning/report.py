@@ -1,22 +1,19 @@
 """The result of a study: its trials and plots, as a report."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from matplotlib import pyplot
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
 
 import infuse.drawing  # noqa: F401  # before any window could be opened
-from infuse.report import Cell, Column, Drawn, Report, Table
-from infuse.report import write as write_report
+from infuse.report import Cell, Column, Drawn, Report, Table, put
 from infuse.training.folders import write_csv
 from infuse.training.settings import Settings
 from infuse.tuning.run import Tuned
@@ -25,13 +22,6 @@ from infuse.tuning.study import quiet
 _SCORE = "validation macro-F1"
 _LONGEST = 14
 """Letters of a value in a plot."""
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Only one worker on this machine writes the folder at a time."""
-    with FileLock(folder / ".lock"):
-        yield
 
 
 def summarise(study: optuna.Study, best: FrozenTrial) -> tuple[dict[str, Any], dict[str, float], dict[str, int]]:
@@ -53,7 +43,10 @@ def summarise(study: optuna.Study, best: FrozenTrial) -> tuple[dict[str, Any], d
 
 
 def write(study: optuna.Study, tuned: Tuned, folder: Path) -> None:
-    """``trials.csv``, every setting of every trial; and ``report.html``, ``.md``, ``.json`` and plots as PNG."""
+    """``trials.csv``, every setting of every trial; and ``report.html``, ``.md``, ``.json`` and plots as PNG.
+
+    Into a folder that is there.
+    """
     trials = study.get_trials(deepcopy=False)
     write_csv(folder / "trials.csv", [_row(trial) for trial in trials])
     best, metrics = tuned.best, tuned.run.metrics
@@ -81,7 +74,7 @@ def write(study: optuna.Study, tuned: Tuned, folder: Path) -> None:
             "several fresh seeds before you rely on a small gain.",
         ],
     )
-    write_report(report, folder)
+    put(report, folder)
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

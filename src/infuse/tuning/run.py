@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from infuse import storage
 from infuse.bases import BaseModel, load_base
 from infuse.data import Splits, digest, splits_of
 from infuse.errors import InfuseError
@@ -94,16 +95,10 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, each base loaded once")
 
     settings = {**found.described(), "rows": {n: digest(getattr(splits, n))[:16] for n in ("train", "validation")}}
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        storage = studies.open_storage(config.storage, folder, config.grace)
-        study = studies.join(storage, config.study or folder.name, config.seed, settings, found.defaults())
-    except InfuseError:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    (folder / CONFIG).write_text(as_yaml(replace(config, storage=None)))  # its URL may hold a password
+    with storage.writing(folder, wait=storage.PATIENCE):  # workers share the folder
+        database = studies.open_storage(config.storage, folder, config.grace)
+        study = studies.join(database, config.study or folder.name, config.seed, settings, found.defaults())
+        storage.write(folder / CONFIG, as_yaml(replace(config, storage=None)))  # its URL may hold a password
     progress = _Progress(study, config, watch)
     objective = _objective(found, bases, splits, progress)
     try:
@@ -119,12 +114,13 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
 
     best = _best(study)
     trained = config.to_train({**best.user_attrs["settings"], "base": best.user_attrs["base"]})
-    with report.alone(folder):  # workers may share the folder
-        (folder / "best.yaml").write_text(as_yaml(trained))
+    with storage.writing(folder, wait=float("inf")):
         say(f"training the best one, trial {best.number}, again for {folder / BEST}")
         run = _train_again(trained, folder / BEST, bases, splits)
         tuned = Tuned(folder, run, *report.summarise(study, best), warnings)
-        report.write(study, tuned, folder)
+        with storage.replacing(folder) as new:
+            storage.write(new / "best.yaml", as_yaml(trained))
+            report.write(study, tuned, new)
     return tuned
 
 
@@ -235,13 +231,13 @@ def _complete(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
 
 
 def _best(study: "optuna.Study") -> "optuna.trial.FrozenTrial":
-    """The best trial, of equals the first."""
+    """The best trial, of equals the first; one that repeats another stands in its place."""
     complete = _complete(study)
     if not complete:
         reasons = [trial.user_attrs.get("reason", "") for trial in study.get_trials(deepcopy=False)]
         why = next(filter(None, reasons), "all were pruned")
         raise InfuseError(f"None of {len(reasons)} trials came to its end; the first reason: {why}")
-    return max(complete, key=lambda trial: (trial.value or 0.0, -trial.number))
+    return max(complete, key=lambda trial: (trial.value or 0.0, -trial.system_attrs.get("failed_trial", trial.number)))
 
 
 def _train_again(config: TrainConfig, folder: Path, bases: Mapping[str, BaseModel], splits: Splits) -> Run:

@@ -9,7 +9,8 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ class SurplusError(Exception):
 class PerTrial(BaseSampler):
     """TPE, seeded anew by every trial's number: one worker repeats itself, and no two workers draw the same.
 
-    With one generator for each worker, workers of the same seed would begin with the same random draws.
+    With one generator for each worker, workers of the same seed would begin with the same random draws. Trials that
+    failed, as those of killed workers do, don't count, and one that repeats another is drawn as that was: a study goes
+    on as if it had never been cut short.
     """
 
     def __init__(self, seed: int):
@@ -49,9 +52,11 @@ class PerTrial(BaseSampler):
         self.inner = TPESampler(seed=seed)
 
     def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        earlier = [t.state == TrialState.FAIL for t in study.get_trials(deepcopy=False)[: trial.number]]
+        number = trial.system_attrs.get("failed_trial", trial.number - sum(earlier))
         with quiet():
             self.inner = TPESampler(
-                seed=(self.seed * 1_000_003 + trial.number) % 2**32, multivariate=True, group=True, constant_liar=True
+                seed=(self.seed * 1_000_003 + number) % 2**32, multivariate=True, group=True, constant_liar=True
             )
         self.inner.before_trial(study, trial)
 
@@ -145,8 +150,6 @@ def join(
         raise InfuseError(f"The storage has a study {name!r} that is not one of infuse tune: choose another --study.")
     if before is None:
         study.set_user_attr(_SETTINGS, text)
-        for draw, whole in first:
-            study.enqueue_trial(draw, user_attrs={"defaults": whole})
     elif before != text:
         then = json.loads(before)
         changed = ", ".join(key for key in sorted(settings) if then.get(key) != json.loads(text)[key])
@@ -154,7 +157,16 @@ def join(
             f"The study {name!r} holds trials with other settings or data ({changed}): repeat them to go on, or choose "
             "another --out or --study."
         )
+    if _queue(study, first) and before is not None:
+        time.sleep(1)  # its maker is about to queue them, unless it was killed
+    for draw, whole in _queue(study, first):
+        study.enqueue_trial(draw, user_attrs={"defaults": whole})
     return study
+
+
+def _queue(study: optuna.Study, first: Sequence[tuple[dict[str, Any], bool]]) -> list[tuple[dict[str, Any], bool]]:
+    """Those of the first trials that nobody has queued yet: they are the study's first, in their order."""
+    return list(first[len(study.get_trials(deepcopy=False)) :])
 
 
 def work(
@@ -196,6 +208,7 @@ def work(
     while True:
         with quiet():
             fail_stale_trials(study)
+        _fail_unclaimed(study)
         everything = study.get_trials(deepcopy=False)
         done = sum(t.state in COUNTED for t in everything)
         if done >= trials or (done and time.monotonic() >= deadline):
@@ -223,6 +236,17 @@ def work(
 def _runs(trial: FrozenTrial) -> bool:
     """Whether a worker has the trial: one that was killed before it could say so leaves no heartbeat to miss."""
     return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs
+
+
+def _fail_unclaimed(study: optuna.Study) -> None:
+    """Queue again what a worker had drawn that was killed before its first sign of life."""
+    storage: Any = study._storage
+    grace = timedelta(seconds=storage.grace_period)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not _runs(trial) and trial.datetime_start and datetime.now() - trial.datetime_start > grace:
+            with suppress(UpdateFinishedTrialError):  # by another worker
+                storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                _again(study, study.get_trials(deepcopy=False)[trial.number])
 
 
 def _again(study: optuna.Study, trial: FrozenTrial) -> None:
