@@ -52,7 +52,7 @@ def _carry_into_recomputation() -> None:
         return outputs
 
     checkpoint._checkpoint_without_reentrant_generator = non_reentrant
-    checkpoint.CheckpointFunction.forward = staticmethod(reentrant)
+    setattr(checkpoint.CheckpointFunction, "forward", staticmethod(reentrant))  # noqa: B010  # with *args
 
 
 _carry_into_recomputation()

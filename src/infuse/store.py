@@ -179,12 +179,14 @@ class Infused(nn.Module):
                     "attach what it was saved with."
                 )
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        state = state_dict.get(f"{prefix}_extra_state")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        missing = args[2]
-        if state is None and f"{prefix}_extra_state" in missing:  # tensors that were saved without it fit as well
-            missing.remove(f"{prefix}_extra_state")
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if (own := f"{prefix}_extra_state") in missing_keys:  # tensors that were saved without it fit as well
+            missing_keys.remove(own)
 
     @property
     def owner(self) -> nn.Module | None:
