@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -441,12 +442,8 @@ def test_a_run_is_replaced_only_by_one_that_succeeds(tiny_base, toy, tmp_path, m
     settings = config(tiny_base, toy, tmp_path / "run", epochs=1)
     train(settings)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-
-    def fails(*args, **options):
-        raise failure
-
     with monkeypatch.context() as patch, pytest.raises(type(failure)):
-        patch.setattr(run, at, fails)
+        patch.setattr(run, at, Mock(side_effect=failure))
         train(replace(settings, seed=1, overwrite=True))
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     open_run(tmp_path / "run")
@@ -457,11 +454,7 @@ def test_a_replacement_that_is_killed_goes_on(tiny_base, toy, reference, tmp_pat
     settings = config(tiny_base, toy, tmp_path / "run")
     train(replace(settings, epochs=1, seed=1))
     old = outcome(tmp_path / "run")
-
-    def die(*args, **options):
-        raise KeyboardInterrupt
-
-    place = storage._place
+    place, die = storage._place, Mock(side_effect=KeyboardInterrupt)
     at = {
         "training": (engine.AdapterTrainer, "_save_checkpoint", die),
         "writing": (run, "_write_curves", die),
@@ -470,8 +463,7 @@ def test_a_replacement_that_is_killed_goes_on(tiny_base, toy, reference, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*at[when])
         train(replace(settings, overwrite=True))
-    predictor = open_run(tmp_path / "run")
-    found = store_of(predictor.base.model)["adapter"].info["metrics"]["validation"]
+    found = store_of(open_run(tmp_path / "run").base.model)["adapter"].info["metrics"]["validation"]
     assert found == outcome(reference if when == "replacing" else tmp_path / "run")[1]
     if when != "replacing":
         assert same(outcome(tmp_path / "run")[0], old[0])
