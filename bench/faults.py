@@ -134,7 +134,7 @@ def cases(place: Path) -> dict[str, Case]:
         "compare --overwrite": Case(command(*compare, "ia3", "--overwrite"), command(*compare, "head"), report),
         "tune": Case(
             command("tune", "--bases", base, "--data", rows, "--precision", "fp32", "--space", "epochs: 2", "--methods",
-                    "ia3", "--trials", "2", "--grace", "1", "--out", "@out"), None, None,
+                    "ia3", "--trials", "2", "--grace", "2", "--out", "@out"), None, None,
         ),
         "recommend": Case(command(*recommend, "ia3", "lora"), command(*recommend, "lora"), report),
         "save": Case(saved("lora"), saved("a"), loaded),

@@ -102,7 +102,9 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     progress = _Progress(study, config, watch)
     objective = _objective(found, bases, splits, progress)
     try:
-        studies.work(study, objective, trials=config.trials, seconds=config.seconds, finished=progress.ended)
+        studies.work(
+            study, objective, trials=config.trials, seconds=config.seconds, grace=config.grace, finished=progress.ended
+        )
     except KeyboardInterrupt:
         say(f"interrupted after {progress.done()} trials; the same command goes on with the study")
         raise

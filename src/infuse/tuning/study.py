@@ -175,6 +175,7 @@ def work(
     *,
     trials: int,
     seconds: float | None = None,
+    grace: int = 60,
     finished: Callable[[FrozenTrial | None], None] = lambda _: None,
 ) -> None:
     """Run trials until the study has ``trials`` of them, by whichever worker, or the time is over.
@@ -208,7 +209,7 @@ def work(
     while True:
         with quiet():
             fail_stale_trials(study)
-        _fail_unclaimed(study)
+        _fail_unclaimed(study, grace)
         everything = study.get_trials(deepcopy=False)
         done = sum(t.state in COUNTED for t in everything)
         if done >= trials or (done and time.monotonic() >= deadline):
@@ -238,12 +239,15 @@ def _runs(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.RUNNING and "worker" in trial.user_attrs
 
 
-def _fail_unclaimed(study: optuna.Study) -> None:
+def _fail_unclaimed(study: optuna.Study, grace: int) -> None:
     """Queue again what a worker had drawn that was killed before its first sign of life."""
     storage: Any = study._storage
-    grace = timedelta(seconds=storage.grace_period)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not _runs(trial) and trial.datetime_start and datetime.now() - trial.datetime_start > grace:
+        if (
+            not _runs(trial)
+            and trial.datetime_start
+            and datetime.now() - trial.datetime_start > timedelta(seconds=grace)
+        ):
             with suppress(UpdateFinishedTrialError):  # by another worker
                 storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
                 _again(study, study.get_trials(deepcopy=False)[trial.number])
