@@ -214,3 +214,55 @@ def test_modules_that_are_gone_are_told():
     model.encoder.layer[0].attention.self.query = None
     with pytest.raises(InfuseError, match=r"has no .*query any more"):
         model(**inputs(model))
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama", "deberta-v2"])
+def test_a_merge_into_a_computed_weight_is_refused(kind):
+    model = tiny(kind)
+    module = next(m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    nn.utils.parametrizations.weight_norm(module)
+    infuse.attach(model, "lora:rank=2", "a")
+    wake(model, "a")
+    adapted = output(model, inputs(model))
+    with pytest.raises(InfuseError, match=r"computed from others .*remove_parametrizations"):
+        infuse.merge(model, "a")
+    assert torch.equal(output(model, inputs(model)), adapted)
+
+
+def test_copies_of_parts_go_without_adapters():
+    model = tiny("bert").eval()
+    bare = output(model, inputs(model))
+    infuse.attach(model, "lora:rank=2", "a")
+    wake(model, "a", size=0.3)
+    adapted = output(model, inputs(model))
+    part = copy.deepcopy(model.encoder.layer[1])
+    model.encoder.layer[1] = part
+    close(output(model, inputs(model)), adapted)
+    close(output(model, inputs(model), None), bare)
+    infuse.detach(model)
+    assert torch.equal(output(model, inputs(model)), bare)
+
+
+def test_dora_reads_the_weight_that_is_there():
+    model = tiny("bert").eval()
+    infuse.attach(model, "ia3", "i")
+    model.encoder.layer[0].attention.self.query = nn.Linear(32, 32)
+    infuse.activate(model, None)
+    bare = output(model, inputs(model))
+    infuse.attach(model, "lora:rank=2,dora=true", "d")
+    close(output(model, inputs(model)), bare)
+    model.encoder.layer[0].attention.self.query = EightBit(model.encoder.layer[0].attention.self.query)
+    with pytest.raises(InfuseError, match="quantised"):
+        output(model, inputs(model))
+
+
+def test_what_stays_frozen_around_a_transformer_is_told():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = tiny("bert"), nn.Linear(32, 3)
+
+    with pytest.warns(RuntimeWarning, match=r"head of Own are frozen .* trained=\["):
+        infuse.attach(Own(), "ia3")
+    model = Own()
+    assert list(infuse.attach(model, "ia3", trained=["head"]).copies) == ["head"]

@@ -261,6 +261,7 @@ def place(tmp_path, run, tiny_base, toy, monkeypatch):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     shutil.copytree(run, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoints").mkdir()
+    (tmp_path / "cut" / "metrics.json").unlink()
     shutil.copytree(run, tmp_path / "torn")
     os.truncate(tmp_path / "torn" / "adapter" / "adapter_model.safetensors", 1000)
     shutil.copytree(tiny_base, tmp_path / "twin")

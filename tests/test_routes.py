@@ -57,6 +57,11 @@ def test_tasks_of_pools_keep_the_route_of_their_block_and_no_longer(asked):
         older.submit(int).result()  # its thread is there before the block
         with infuse.route(asked.model, "a"):
             assert [older.submit(asked).result(), newer.submit(asked).result()] == ["a", "a"]
+            assert [
+                threads.apply(asked),
+                *threads.map(lambda _: asked(), [0]),
+                next(threads.imap(lambda _: asked(), [0])),
+            ] == ["a"] * 3
             with ThreadPool(1) as inner:
                 assert inner.apply(asked) == "a"
         assert [older.submit(asked).result(), newer.submit(asked).result(), threads.apply(asked)] == [None] * 3
@@ -188,6 +193,27 @@ def test_context_managers_of_ones_own(asked):
     assert asked() is None
 
 
+def test_a_block_may_end_in_another_thread_or_task(asked):
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        block = infuse.route(asked.model, "a")
+        first.submit(block.__enter__).result()
+        assert first.submit(asked).result() == "a" and asked() is None
+        second.submit(block.__exit__, None, None, None).result()
+        assert first.submit(asked).result() is None
+
+    async def run():
+        with ExitStack() as stack:
+            stack.enter_context(infuse.route(asked.model, "a"))
+
+            async def close():
+                stack.close()
+
+            await asyncio.create_task(close())
+            assert asked() is None
+
+    asyncio.run(run())
+
+
 def test_an_interrupted_call_leaves_no_route(asked):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -263,5 +289,9 @@ def test_beams_and_samples_have_the_route_of_their_prompt(kind):
         together = generate(slice(None), names, **more)
         alone = [generate(slice(row, row + 1), name, **more) for row, name in enumerate(names)]
         assert torch.equal(together, torch.cat(alone)), more
-    with pytest.raises(InfuseError, match="The route has 3 entries, but the batch has 4 rows"):
-        generate(slice(None), names[:3])
+    for wrong in ({}, {"num_beams": 2}):
+        with pytest.raises(InfuseError, match="The route has 3 entries"):
+            generate(slice(None), names[:3], **wrong)
+    if kind not in both:
+        with pytest.raises(InfuseError, match="beams or samples of one prompt would have different"):
+            generate(slice(None), [*names, *names], num_beams=2)

@@ -27,8 +27,8 @@ def slow(monkeypatch):
     class Slow:
         begun, go = threading.Event(), threading.Event()
 
-    def read(folder, content=None):
-        file = inner(folder, content)
+    def read(folder):
+        file = inner(folder)
         Slow.begun.set()
         assert Slow.go.wait(30)
         return file

@@ -26,6 +26,7 @@ from infuse.fingerprint import Base
 from infuse.formats import adapterhub, native, peft
 from infuse.formats.bundle import (
     CONFIG,
+    FILES,
     HUB_FUSION,
     HUB_FUSION_WEIGHTS,
     HUB_HEAD,
@@ -149,7 +150,7 @@ def _read_tree(
         raise InfuseError(f"The file in {folder} mixes adapters and is a member of a mixture; members mix nothing.")
     if not any_base:
         _warn_of_base(model, bundle)
-    folders = {m: folder if is_state(folder) else folder / "members" / check_name(m) for m in bundle.members}
+    folders = {m: folder if _is_checkpoint(folder) else folder / "members" / check_name(m) for m in bundle.members}
     wanted = {m: at for m, at in folders.items() if m not in have or os.path.isdir(at)}
     return _Tree(bundle, {m: _read_tree(model, at, m, have, arch, any_base, True) for m, at in wanted.items()})
 
@@ -185,7 +186,7 @@ def read(
     weights = folder / WEIGHTS
     if not os.path.exists(weights) and os.path.exists(folder / PICKLED):
         weights = folder / PICKLED
-    if not os.path.exists(weights) and is_state(folder):
+    if _is_checkpoint(folder):
         return _matched(model, *read_state(folder, name), folder, arch, any_base)
     tensors, metadata = read_tensors(weights)
     if HEADER in metadata:
@@ -195,6 +196,11 @@ def read(
     if "peft_type" not in config:
         raise InfuseError(f"{folder / CONFIG} has no peft_type: neither Infuse nor PEFT wrote it.")
     return sound(lambda: peft.read(model, sites, tensors, config), folder / CONFIG)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a whole model; beside an adapter's files, it is that adapter's base."""
+    return is_state(folder) and not any(os.path.exists(folder / name) for name in FILES)
 
 
 @fresh()
@@ -327,11 +333,11 @@ def amend(path: str | Path, *, head: Mapping[str, Any], info: Mapping[str, Any])
 def _read_adapterhub(model: nn.Module, folder: Path, sites: list[Site]) -> Bundle:
     def parse() -> Bundle:
         if is_file(folder / HUB_FUSION):
-            config = read_json(folder / HUB_FUSION)
             tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_FUSION_WEIGHTS))
-            return adapterhub.read_fusion(model, sites, tensors, config)
-        tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_WEIGHTS))
-        bundle = adapterhub.read(model, sites, tensors, read_json(folder / CONFIG))
+            bundle = adapterhub.read_fusion(model, sites, tensors, read_json(folder / HUB_FUSION))
+        else:
+            tensors, _ = read_tensors(adapterhub.tensors_path(folder, HUB_WEIGHTS))
+            bundle = adapterhub.read(model, sites, tensors, read_json(folder / CONFIG))
         head = adapterhub.tensors_path(folder, HUB_HEAD_WEIGHTS)
         if is_file(head):
             bundle.copies = adapterhub.read_head(model, sites, read_tensors(head)[0])

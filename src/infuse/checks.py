@@ -1,6 +1,8 @@
 """What a model must be like before something is attached to it or merged into it."""
 
+import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,7 +10,7 @@ from infuse.adapter import Adapter
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, spelled
 from infuse.recompute import STORES
-from infuse.sites import Site, base_modules
+from infuse.sites import Site, base_modules, transformer_in
 
 _SORTS = {"SentenceTransformer": "encode", "SparseEncoder": "encode", "CrossEncoder": "predict"}
 """Classes of sentence-transformers, and their methods that sort texts by length before the model gets them."""
@@ -75,14 +77,26 @@ def check_alone(model: nn.Module) -> None:
             )
 
 
-def check_weights(sites: Iterable[Site], why: str) -> None:
+def check_weights(sites: Iterable[Site], why: str, written: bool = False) -> None:
     """Refuse weights that can't be computed with: quantised ones, and those that are packed or split up.
 
+    Args:
+        sites: where the weights are.
+        why: what needs them.
+        written: whether they are changed, which makes no difference to a weight that is computed from others.
     Raises:
-        InfuseError: with the first of them, and ``why`` they are needed.
+        InfuseError: with the first of them.
     """
     for site in sites:
-        weight = getattr(site.module, "weight", None)
+        weight: Any = getattr(site.module, "weight", None)
+        if not written and not isinstance(weight, Tensor) and callable(weight):
+            continue  # of torch.ao.quantization, whose methods give it back as numbers
+        if written and site.module._parameters.get("weight") is not weight:
+            raise InfuseError(
+                f"{why} needs the weight of {site.prefix}{site.path}, which is computed from others in each call "
+                "(parametrised, normalised or pruned): make it a plain one before (remove_parametrizations, "
+                "remove_weight_norm, prune.remove)."
+            )
         shape = (site.in_features, site.out_features) if site.transposed else (site.out_features, site.in_features)
         if not (isinstance(weight, Tensor) and weight.shape == shape and plain(weight)):
             kind = type(weight if isinstance(weight, Tensor) else site.module).__name__
@@ -92,9 +106,27 @@ def check_weights(sites: Iterable[Site], why: str) -> None:
             )
 
 
+def warn_of_frozen(model: nn.Module) -> None:
+    """Tell whoever attaches to a module of their own that what they put around the transformer is frozen, too."""
+    inner = transformer_in(model)
+    if inner is model:
+        return
+    within = {id(p) for p in inner.parameters()}
+    outside = {name.rpartition(".")[0]: p for name, p in model.named_parameters() if id(p) not in within}
+    frozen = [path or type(model).__name__ for path, p in outside.items() if p.requires_grad]
+    if frozen:
+        warnings.warn(
+            f"{listed(frozen)} of {type(model).__name__} are frozen with the base: pass trained=[…] to train copies of "
+            "them, or trained=() to say that this is meant.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
 def plain(tensor: Tensor) -> bool:
-    """Whether a tensor holds floating-point numbers as they are."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_sparse
+    """Whether a tensor holds floating-point numbers as they are (8 bits are codes, to which a scale belongs)."""
+    whole = tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_sparse
+    return type(tensor) in (Tensor, nn.Parameter) and whole
 
 
 def check_method(method: Method, sites: Iterable[Site]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from infuse.adapter import Adapter, Delta, copies, dotted, key
+from infuse.adapter import Adapter, Delta, copies, dotted, fresh, key
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Params, make
 from infuse.model import attach_at, owner_of, store_of
@@ -64,6 +64,7 @@ def stack(model: nn.Module, names: Sequence[str], name: str | None = None) -> Ad
     return attach_at(owner_of(model), chain, trained=())
 
 
+@fresh()
 def _combined(model: nn.Module, terms: Mapping[str, float], name: str, start: float | None) -> Adapter:
     store, model = store_of(model), owner_of(model)
     _check_finite(terms, terms.values())

@@ -31,7 +31,8 @@ def merge(model: nn.Module, name: str) -> None:
         why = "it trained the base itself, which is whole already" if adapter.method.unfreezes else why
         raise InfuseError(f"{adapter.method.name} can't be merged: {why}.")
     check_whole(model)
-    check_weights(adapter.sites.values(), "A merge")
+    store.refresh(model)
+    check_weights(adapter.sites.values(), "A merge", written=True)
     check_trainable({dotted(path): model.get_submodule(dotted(path)) for path in adapter.copies})
     changed = [site.module for site in adapter.sites.values()]
     changed += [model.get_submodule(dotted(path)) for path in adapter.copies]

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from infuse.adapter import Adapter, build, check_copies, classification_head, copies, dotted, key
 from infuse.arch import Arch
-from infuse.checks import check_method, check_model, check_trainable, sorting
+from infuse.checks import check_method, check_model, check_trainable, sorting, warn_of_frozen
 from infuse.errors import InfuseError, listed
 from infuse.method import Method, Mixer, default_mixer, make, spelled
 from infuse.recipe import kinds
 from infuse.routing import use
 from infuse.sites import Site, arch_of, base_modules, find_sites, overlap, select, within
 from infuse.store import Infused, owner_of, store_in, store_of
-from infuse.taps import Sorted
+from infuse.taps import Routable, Sorted
 
 
 def attach(
@@ -56,6 +56,8 @@ def attach(
         )
     store, host = store_in(model), host_of(model, arch)
     check_model(host)
+    if store:
+        store.refresh(host)
     sites = store.sites if store else find_sites(host, arch)
     chosen = select(sites, method.roles, layers)
     check_method(method, chosen)
@@ -85,12 +87,15 @@ def attach_at(
         )
     extra = {id(module) for module in adapter.method.trains(list(adapter.sites.values()))}
     norms = [path for path, module in model.named_modules() if id(module) in extra] if extra else []
+    given = trained
     if trained is None:
         trained = classification_head(outer) or classification_head(model)
     for site in adapter.sites.values():
         check_method(adapter.method_at(site), [site])
     paths = [path for path in dict.fromkeys([*trained, *norms]) if adapter.copy_of(path) is None]
     modules = {path: module for path, module in base_modules(model) if path in paths}
+    if given is None and store is None and not trained:
+        warn_of_frozen(model)
     check_trainable(modules | ({type(model).__name__: model} if adapter.method.unfreezes else {}))
     own = copies(model, paths)
     arch = store.arch if store else arch or arch_of(model)
@@ -141,7 +146,7 @@ def keep_order(model: nn.Module) -> None:
     for module in (model, *model.children()):
         name = sorting(module)
         if name and not any(isinstance(w, Sorted) and w.refer() is module for w in store.wrapped):
-            store.wrapped.append(Sorted(store, module, name))
+            store.wrapped += [Sorted(store, module, name), Routable(store, module, "forward")]
 
 
 def fuse(

@@ -59,14 +59,18 @@ class PerThread:
 class _Entry:
     """One open block."""
 
-    def __init__(self, owner: Any, value: Any, frame: FrameType | None = None, until: "_Entry | None" = None):
-        suspends = frame is not None and frame.f_code.co_flags & _SUSPENDABLE
-        self.owner, self.value, self.until = owner, value, until
+    def __init__(self, owner: Any, value: Any, frame: FrameType | None):
+        self.owner, self.value = owner, value
         self.at = id(frame)
         self.generator = frame if frame is not None and frame.f_code.co_flags & _GENERATOR else None
-        self.task = _task() if self.generator else None
-        self.traced = None if not suspends else _TRACED.open
+        self.suspends = frame is not None and bool(frame.f_code.co_flags & _SUSPENDABLE)
+        self.where = _where()
         self.open = True
+
+    @property
+    def left(self) -> bool:
+        """Whether the block has ended elsewhere than where it began; tasks that began within it may outlast it."""
+        return not self.open and self.where == _where()
 
 
 _ENTRIES: ContextVar[tuple[_Entry, ...]] = ContextVar("infuse", default=())
@@ -95,14 +99,14 @@ def _innermost(owner: Any) -> _Entry | None:
     if _GENERATORS:
         return _on_stack(owner, entries)
     for entry in reversed(entries):
-        if entry.owner is owner and entry.generator is None and (entry.until is None or entry.until.open):
+        if entry.owner is owner and entry.generator is None and not entry.left:
             return entry
     return None
 
 
 def _on_stack(owner: Any, entries: tuple[_Entry, ...]) -> _Entry | None:
     """The innermost block where generators have some: frame by frame, from the call outwards."""
-    mine = [e for e in entries if e.owner is owner and (e.until is None or e.until.open)]
+    mine = [e for e in entries if e.owner is owner and not e.left]
     plain = {e.at: e for e in mine if e.generator is None}
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -115,7 +119,7 @@ def _on_stack(owner: Any, entries: tuple[_Entry, ...]) -> _Entry | None:
     for entry in reversed(mine):
         if entry.generator is None:
             return entry
-        if entry.open and _task() is not entry.task:
+        if entry.open and _task() is not entry.where[1]:
             raise InfuseError(
                 "This task was started while a generator's infuse.route was open, so its route is not known: "
                 "use infuse.route within the task."
@@ -124,12 +128,8 @@ def _on_stack(owner: Any, entries: tuple[_Entry, ...]) -> _Entry | None:
 
 
 @contextmanager
-def bind(owner: Any, value: Any, until: Any = None) -> Iterator[None]:
-    """Bind a value to ``owner`` for the calls within the block.
-
-    Args:
-        until: another block's entry, with whose end this one loses its force.
-    """
+def bind(owner: Any, value: Any) -> Iterator[None]:
+    """Bind a value to ``owner`` for the calls within the block."""
     if torch.compiler.is_compiling():
         outer = _TRACED.stack
         _TRACED.stack = (*outer, (owner, value))
@@ -138,29 +138,26 @@ def bind(owner: Any, value: Any, until: Any = None) -> Iterator[None]:
         finally:
             _TRACED.stack = outer
         return
-    current, generators, traced = (
-        _ENTRIES,
-        _GENERATORS,
-        _TRACED,
-    )  # a generator may outlive this module when the process ends
-    entry, bound = _Entry(owner, value, _holder(), until), (owner, value)
+    current, generators = _ENTRIES, _GENERATORS  # a generator may outlive this module when the process ends
+    traced = vars(_TRACED)  # of this thread, wherever the block ends
+    entry, bound = _Entry(owner, value, _holder()), (owner, value)
     if entry.generator is not None:
         generators.setdefault(entry.generator, []).append(entry)
     current.set((*current.get(), entry))
+    if entry.suspends:
+        traced["open"][0] += 1
+    else:
+        traced["stack"] = (*traced["stack"], bound)
     try:
-        if entry.traced is None:
-            traced.stack = (*traced.stack, bound)
-        else:
-            entry.traced[0] += 1
         yield
     finally:
         entry.open = False
-        # A generator may end in another context than it began in: there is nothing to remove then.
+        # A block may end in another context than it began in: there is nothing to remove then.
         current.set(tuple(e for e in current.get() if e is not entry))
-        if entry.traced is None:
-            traced.stack = tuple(each for each in traced.stack if each is not bound)
+        if entry.suspends:
+            traced["open"][0] -= 1
         else:
-            entry.traced[0] -= 1
+            traced["stack"] = tuple(each for each in traced["stack"] if each is not bound)
         if entry.generator is not None:
             generators[entry.generator].remove(entry)
             if not generators[entry.generator]:
@@ -187,61 +184,76 @@ def _task() -> Any:
         return None
 
 
+def _where() -> tuple[int, Any]:
+    return threading.get_ident(), _task()
+
+
 def _in_force() -> list[_Entry]:
     """One entry per owner that has a value here."""
     owners = {id(e.owner): e.owner for entries in (_ENTRIES.get(), *_GENERATORS.values()) for e in entries}
     return [entry for owner in owners.values() if (entry := _innermost(owner)) is not None]
 
 
-def _within(bound: list[tuple[Any, Any, Any]], run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` under the given owners, values, and entries that these last for."""
+def _within(bound: list[tuple[Any, Any]], run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` under the given owners and values."""
 
     @functools.wraps(run)
     def within(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
-            for owner, value, until in bound:
-                stack.enter_context(bind(owner, value, until))
+            for owner, value in bound:
+                stack.enter_context(bind(owner, value))
             return run(*args, **kwargs)
 
     return within
 
 
-def _carried(entries: list[_Entry], whole: bool = True) -> list[tuple[Any, Any, Any]]:
-    """What another thread gets; unless it is its own ``whole`` life long, for as long as the entries are open."""
+def remembered(run: Callable[..., Any], values: list[tuple[Any, Any]]) -> Callable[..., Any]:
+    """``run``, under the given owners and values whenever and wherever it is called."""
+    return _within(values, run)
+
+
+def _carried(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` with what is in force here, for another thread."""
+    entries = _in_force()
     values = [e.value.copy() if isinstance(e.value, PerThread) else e.value for e in entries]
-    return [(e.owner, value, None if whole else e) for e, value in zip(entries, values, strict=True)]
+    return _within([(e.owner, v) for e, v in zip(entries, values, strict=True)], run) if entries else run
+
+
+_POOLS: dict[type, tuple[str, ...]] = {
+    ThreadPoolExecutor: ("submit",),
+    multiprocessing.pool.ThreadPool: ("apply_async", "_map_async", "imap", "imap_unordered"),
+}
+"""Pools of threads, and their methods that take a function to run, under which all others lie."""
+
+
+def _submitting(submit: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(submit)
+    def submit_within(self: Any, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return submit(self, _carried(function), *args, **kwargs)
+
+    return submit_within
 
 
 def _carry_into_threads() -> None:
-    """Let threads and tasks of executors that are started within a block keep its values.
+    """Let threads that are started within a block, and tasks that pools of threads are given there, keep its values.
 
     A new thread has an empty context before Python 3.14, and knows nothing of the one that started it. Threads of pools
-    outlive the block: theirs ends with it.
+    outlive the block, so that their tasks keep its values, and they themselves don't.
     """
-    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
-    executor_worker: Any = getattr(concurrent.futures.thread, "_worker", None)
-    pool_worker: Any = getattr(multiprocessing.pool, "worker", None)
+    start = threading.Thread.start
+    workers = getattr(concurrent.futures.thread, "_worker", ...), getattr(multiprocessing.pool, "worker", ...)
 
     @functools.wraps(start)
     def start_within(self: threading.Thread) -> None:
         target = getattr(self, "_target", None)
-        if target is not executor_worker and (entries := _in_force()):
-            self.run = _within(_carried(entries, target is not pool_worker), self.run)
+        if all(target is not worker for worker in workers) and (run := _carried(self.run)) != self.run:
+            self.run = run
         start(self)
 
-    @functools.wraps(submit)
-    def submit_within(self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if entries := _in_force():
-            fn = _within(_carried(entries), fn)
-        return submit(self, fn, *args, **kwargs)
-
     threading.Thread.start = start_within  # type: ignore[method-assign]
-    ThreadPoolExecutor.submit = submit_within  # type: ignore[method-assign]
-
-
-def remembered(run: Callable[..., Any], values: list[tuple[Any, Any]]) -> Callable[..., Any]:
-    """``run``, under the given owners and values whenever and wherever it is called."""
-    return _within([(owner, value, None) for owner, value in values], run)
+    for pool, names in _POOLS.items():
+        for name in names:
+            setattr(pool, name, _submitting(getattr(pool, name)))
 
 
 _carry_into_threads()

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from infuse.adapter import Adapter, dotted
 from infuse.arch import Arch
 from infuse.banks import Banks
-from infuse.checks import check_present, sorting
+from infuse.checks import check_method, check_present, sorting
 from infuse.errors import InfuseError, listed
 from infuse.fingerprint import Base
 from infuse.method import Mixer
@@ -22,7 +22,7 @@ from infuse.optimizers import follow
 from infuse.recompute import STORES
 from infuse.routing import Mixed, Route, current, levels, route_of, use
 from infuse.rows import with_rows
-from infuse.sites import Site, find_sites, stack_layers
+from infuse.sites import Site, base_modules, find_sites, stack_layers
 from infuse.taps import Expand, Forward, Generate, PerAdapter, Tap, Wrapped
 
 
@@ -41,7 +41,7 @@ class Infused(nn.Module):
         self.copied: set[str] = set()
         self.taps: dict[str, Tap] = {}
         self.banks = Banks()
-        self.edges: list[tuple[nn.Module, str, nn.Module]] = []
+        self.edges: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self.rows: dict[str, bool] = {}
         self.register_load_state_dict_post_hook(_forget_missing)
         self.flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -133,6 +133,8 @@ class Infused(nn.Module):
 
     def route(self) -> Route:
         """The route of this call; ``None`` when there is nothing to do."""
+        if self.wrapped[0].refer() is None:  # of a copied part of a model, which goes without
+            return None
         route = current(self)
         if self.merged is None:
             return route
@@ -141,12 +143,12 @@ class Infused(nn.Module):
         return None
 
     def enter(self, module: nn.Module) -> None:
-        """Before a forward pass: look whether modules were swapped, adapters moved, or the batch sorted."""
-        if not torch.compiler.is_compiling() and any(p._modules.get(n) is not m for p, n, m in self.edges):
+        """Before a forward pass: see whether modules were swapped, adapters moved away, or the batch sorted."""
+        if not torch.compiler.is_compiling() and any(children.get(n) is not m for children, n, m in self.edges):
             self.follow(module)
         route = current(self)
         for name in set(route.names) if isinstance(route, Mixed) else (route,):
-            if name is not None:
+            if name is not None and self.merged is None:
                 check_present(self[name])
         if isinstance(route, Mixed):
             refuse_sorting()
@@ -212,7 +214,7 @@ class Infused(nn.Module):
         Raises:
             InfuseError: a module is gone, or has features of other widths.
         """
-        present = {id(module) for module in model.modules()}
+        present = {id(module) for _, module in base_modules(model)}
 
         def moved(site: Site) -> Site:
             if id(site.module) in present:
@@ -228,18 +230,35 @@ class Infused(nn.Module):
                 )
             return replace(site, module=module)
 
-        self.sites = [moved(site) for site in self.sites]
-        for name in self.adapters:
-            self[name].sites = {n: moved(site) for n, site in self[name].sites.items()}
+        sites = [moved(site) for site in self.sites]
+        acting = {name: {n: moved(site) for n, site in self[name].sites.items()} for name in self.adapters}
+        for name, own in acting.items():
+            for n, site in own.items():
+                if site is not self[name].sites[n]:
+                    check_method(self[name].method_at(site), [site])
+        self.sites = sites
+        for name, own in acting.items():
+            self[name].sites = own
         self.retap(model)
+
+    def refresh(self, model: nn.Module) -> None:
+        """:meth:`follow` if a module of any site was swapped, acted at or not."""
+        present = {id(module) for _, module in base_modules(model)}
+        if any(id(site.module) not in present for site in self.sites):
+            self.follow(model)
 
     def tap(self, model: nn.Module, path: str) -> Tap:
         if path not in self.taps:
             self.taps[path] = Tap(self, submodule(model, path), path)
             parts = path.split(".")
             modules = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-            steps = [(a, n, b) for a, n, b in zip(modules, parts, modules[1:], strict=False) if a._modules.get(n) is b]
-            self.edges += [step for step in steps if step not in self.edges]
+            steps = [
+                (a._modules, n, b)
+                for a, n, b in zip(modules, parts, modules[1:], strict=False)
+                if a._modules.get(n) is b
+            ]
+            known = {(id(children), name) for children, name, _ in self.edges}
+            self.edges += [step for step in steps if (id(step[0]), step[1]) not in known]
         return self.taps[path]
 
     def retap(self, model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Taps: the forward hooks through which adapters reach the base model, whose module tree stays as it is."""
 
+import copy
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
@@ -97,6 +98,10 @@ def _unwatched() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def _nothing() -> None:
+    """What a reference gives whose module is gone."""
+
+
 class Wrapped:
     """A method of one module that is replaced as long as something is attached; copies and pickles take it along.
 
@@ -136,6 +141,14 @@ class Wrapped:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.inner(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Wrapped":
+        """Of a whole model's copy; in the copy of a part it refers to nothing, and what hangs on it rests."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        module = memo.get(id(self.refer()))
+        state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name != "refer"}
+        vars(twin).update(state, refer=_nothing if module is None else weakref.ref(module))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"refer": self.refer()}
@@ -194,9 +207,7 @@ class Sorted(Routable):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         route = current(self.store)
-        given = self.__signature__.bind(*args, **kwargs)
-        texts = next(name for name in self.__signature__.parameters)
-        apart = given.arguments.get("pool") is not None or isinstance(given.arguments.get("device"), list | tuple)
+        apart = kwargs.get("pool") is not None or isinstance(kwargs.get("device"), list | tuple)
         if apart and route != self.store.active:
             raise InfuseError(
                 f"{self.name} runs in processes of their own here, which know of no route: call infuse.activate before "
@@ -204,20 +215,27 @@ class Sorted(Routable):
             )
         if not isinstance(route, Mixed):
             return self.inner(*args, **kwargs)
-        texts = given.arguments[texts]
-        if isinstance(texts, str) or len(texts) != len(route.names):
-            count = 1 if isinstance(texts, str) else len(texts)
-            raise InfuseError(f"The route has {len(route.names)} entries, but {self.name} got {count} texts.")
-        return self._by_adapter(route, list(texts), given)
+        names = (next(iter(self.__signature__.parameters)), "sentences", "inputs")
+        at = 0 if args else next((name for name in names if name in kwargs), None)
+        texts = None if at is None else args[0] if args else kwargs[str(at)]
+        if (
+            texts is None
+            or isinstance(texts, str)
+            or (len(texts) and isinstance(texts, tuple) and self.name != "encode")
+        ):
+            raise InfuseError(f"With a route of several entries, give {self.name} a list of texts.")
+        if len(texts) != len(route.names):
+            raise InfuseError(f"The route has {len(route.names)} entries, but {self.name} got {len(texts)} texts.")
+        return self._by_adapter(route, list(texts), at, args, kwargs)
 
-    def _by_adapter(self, route: Mixed, texts: list[Any], given: inspect.BoundArguments) -> Any:
+    def _by_adapter(self, route: Mixed, texts: list[Any], at: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         answers: list[Any] = [None] * len(texts)
-        first, part = next(iter(given.arguments)), None
+        part: Any = None
         for name in dict.fromkeys(route.names):
             rows = [row for row, each in enumerate(route.names) if each == name]
-            given.arguments[first] = [texts[row] for row in rows]
+            own = [texts[row] for row in rows]
             with use(self.store, name):
-                part = self.inner(*given.args, **given.kwargs)
+                part = self.inner(own, *args[1:], **kwargs) if at == 0 else self.inner(**{**kwargs, str(at): own})
             if isinstance(part, dict) or len(part) != len(rows):
                 raise InfuseError(f"{self.name} gives no answer per text here: route one adapter at a time.")
             for row, answer in zip(rows, part, strict=True):
@@ -233,8 +251,15 @@ class Expand(Wrapped):
     def __call__(self, expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
         route = current(self.store)
         inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        if isinstance(route, Mixed) and isinstance(inputs, Tensor) and len(inputs) == len(route.names):
-            route.repeat(expand_size)
+        if isinstance(route, Mixed) and isinstance(inputs, Tensor):
+            names, rows = route.names, len(inputs)
+            if len(names) == rows:
+                route.repeat(expand_size)
+            elif names != tuple(name for name in names[::expand_size] for _ in range(expand_size)):
+                raise InfuseError(
+                    f"The route has {len(names)} entries for {rows} prompts, and beams or samples of one prompt would "
+                    "have different adapters: give one entry per prompt."
+                )
         return self.inner(expand_size, *args, **kwargs)
 
 

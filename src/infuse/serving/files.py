@@ -118,7 +118,10 @@ def read(folder: Path) -> File:
     Raises:
         InfuseError: a file is missing, unreadable, or not Infuse's.
     """
-    return storage.reading(folder, _read)
+    try:
+        return storage.reading(folder, _read)
+    except OSError as error:
+        raise InfuseError(f"{folder.name} can't be read: {error.strerror}.") from None
 
 
 def _read(folder: Path) -> File:

@@ -2,8 +2,6 @@
 
 from infuse.errors import InfuseError
 
-OVERFLOW = "its values are too large to compute with."
-
 
 class RefusedError(InfuseError):
     """A request that is refused.

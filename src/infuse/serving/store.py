@@ -10,11 +10,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from infuse.errors import InfuseError
 from infuse.formats.bundle import CONFIG, WEIGHTS, write_folder
-from infuse.heads import Head
+from infuse.heads import Head, check_finite
 from infuse.serving import files, refusals
 from infuse.serving.batcher import Batcher
 from infuse.serving.files import Facts, File, Stamp
@@ -215,8 +213,7 @@ class Store:
             (row,) = self.model.forward(self.trial, [inner])
             if row.shape != (len(file.head.labels),):
                 raise InfuseError(f"it gives {row.size} values for {len(file.head.labels)} labels.")
-            if not np.isfinite(row).all():
-                raise InfuseError(refusals.OVERFLOW)
+            check_finite(row)
         except BaseException:
             self.model.remove(inner)
             raise
