@@ -356,7 +356,7 @@ def test_a_disk_that_takes_no_more(folder, base, shelf, monkeypatch):
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patched:
-            patched.setattr("infuse.formats.bundle.os.fsync", full)
+            patched.setattr("infuse.storage.os.fsync", full)
             check_no_space(server, folder, shelf, old)
 
 
