@@ -104,7 +104,7 @@ def current(path: Path) -> Path:
     """Where a reader finds what ``path`` names: in its place, or where a writer that was cut short left the new one."""
     for base in (path, *path.parents[:2]):
         moved = base / NEW / _FILES / path.relative_to(base)
-        if moved.exists():
+        if os.path.exists(moved):  # unlike Path.exists, not an error where a folder can't be entered
             return moved
     return path
 
@@ -181,15 +181,10 @@ def scratch() -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix="infuse-scratch-"))
     try:
         with _locked(folder, 0):
-            try:
-                yield folder
-            finally:
-                for _ in range(2):  # what fails once may not fail twice; what does goes when the next one begins
-                    with suppress(OSError):
-                        _empty(folder)
+            yield folder
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        for _ in range(2):  # what fails once may not fail twice; what does goes when the next one begins
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

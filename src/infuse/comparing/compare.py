@@ -19,7 +19,7 @@ from infuse.comparing.probe import read_probe
 from infuse.comparing.results import report_on
 from infuse.comparing.settings import CompareConfig
 from infuse.data import splits_of
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, WriteError
 from infuse.method import make
 from infuse.report import Report, put
 from infuse.sites import find_sites, select
@@ -121,6 +121,8 @@ class _Runner:
         identity = {"base": key.base, "method": key.method, "seed": key.seed, "rows": self.task.digest()}
         try:
             return identity | self.measured(key)
+        except WriteError:  # no fault of the method's
+            raise
         except (InfuseError, torch.OutOfMemoryError) as error:
             self.loaded = None  # the failed adapter may still be attached
             return identity | {"error": str(error)}
@@ -192,7 +194,7 @@ def _plan(config: CompareConfig) -> tuple[list[Key], list[str]]:
 def _check_folder(config: CompareConfig) -> None:
     """Refuse a folder that holds something else, or a comparison with other settings that is not to be overwritten."""
     folder, path = config.folder(), _config_file(config.folder())
-    known = path.exists() and (folder / CELLS).is_dir()
+    known = path.exists() and ((folder / CELLS).is_dir() or (storage.current(folder) / "report.json").exists())
     check_folder(folder, known)
     if known and not config.overwrite and (others := changed(config, path, _GROWS)):
         raise InfuseError(

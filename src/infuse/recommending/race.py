@@ -17,7 +17,7 @@ from infuse.bases import BaseModel
 from infuse.comparing.cell import LOGISTIC
 from infuse.comparing.clock import Clock
 from infuse.data import Rows, Splits, stratified
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, WriteError
 from infuse.model import detach
 from infuse.recommending.candidates import Candidate
 from infuse.texts import probabilities
@@ -212,6 +212,8 @@ class _Track:
                     return found
                 settings = replace(self.settings(candidate), seed=first)
                 score = self.train_on(rows, settings, [stop])
+            except WriteError:  # no fault of the candidate's
+                raise
             except (InfuseError, torch.OutOfMemoryError) as error:
                 failed[candidate] = " ".join(str(error).split())
                 continue

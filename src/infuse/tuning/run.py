@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from infuse import storage
 from infuse.bases import BaseModel, load_base
 from infuse.data import Splits, digest, splits_of
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, WriteError
 from infuse.model import detach
 from infuse.precision import dtype_of, name_of
 from infuse.sites import find_sites, select
@@ -142,6 +142,8 @@ def _objective(
                 callback = _Report(trial, settings, progress)
                 fitted = fit(base, splits.train, splits.validation, settings, name="trial", callbacks=[callback])
             return max(entry["eval_macro_f1"] for entry in fitted.history if "eval_macro_f1" in entry)
+        except WriteError:  # no fault of the settings
+            raise
         except (InfuseError, torch.OutOfMemoryError) as error:  # these settings don't work; others may
             trial.set_user_attr("reason", " ".join(str(error).split()))
             raise optuna.TrialPruned from None

@@ -24,7 +24,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
-from infuse.errors import InfuseError
+from infuse.errors import InfuseError, WriteError
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)  # progress and reasons are shown by us
 
@@ -180,8 +180,8 @@ def work(
 ) -> None:
     """Run trials until the study has ``trials`` of them, by whichever worker, or the time is over.
 
-    At the end it waits for the trials that other workers have begun, lest one of those die unnoticed. Ctrl-C queues
-    the trial that was cut short again.
+    At the end it waits for the trials that other workers have begun, lest one of those die unnoticed. Ctrl-C and
+    a full disk queue the trial that was cut short again.
     """
     deadline = time.monotonic() + (float("inf") if seconds is None else seconds)
     mine: int | None = None
@@ -222,7 +222,7 @@ def work(
         try:
             with quiet():
                 study.optimize(claimed, n_trials=1, catch=(SurplusError,))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WriteError):
             if mine is not None:
                 _again(study, study.get_trials(deepcopy=False)[mine])
             raise
