@@ -13,7 +13,7 @@ from running import TOKEN, Inside, Running, request, until
 from serving import fill
 from test_files import WEIGHTS, rewrite
 
-from infuse import InfuseError
+from infuse import InfuseError, storage
 from infuse.bases import load_base
 from infuse.serving import files
 from infuse.serving import look as look_module
@@ -36,6 +36,19 @@ def shelf(tiny_base, tmp_path_factory):
 def folder(shelf, tmp_path):
     shutil.copytree(shelf[0], tmp_path / "adapters")
     return tmp_path / "adapters"
+
+
+def test_what_killed_writers_left_goes_when_a_server_starts(folder, base, shelf):
+    dead, alive = (folder / name for name in shelf[1][:2])
+    (dead / storage.PART).mkdir()
+    (dead / storage.PART / "half").write_text("of a file")
+    with storage.writing(alive):
+        (alive / storage.PART).mkdir()
+        with Inside(folder, base) as server:
+            until(lambda: not storage.in_use(dead))
+            assert server.classify(dead.name, "a").status == 200
+            assert (alive / storage.PART).is_dir()
+        (alive / storage.PART).rmdir()
 
 
 # Whether it answers

@@ -258,7 +258,8 @@ def activate(model: nn.Module, name: str | None, *, trainable: Iterable[str] | N
     """Choose the adapter that plain forward calls use; ``None`` is the bare base model.
 
     The parameters of other adapters get no gradients from now on, so that optimizers, DistributedDataParallel and
-    Trainer see what is trained; members of a fusion stay frozen as long as the fusion is there.
+    Trainer see what is trained; members of a fusion stay frozen as long as the fusion is there. Call backward before:
+    parameters whose gradients are taken away get none of an earlier forward pass either.
 
     Args:
         trainable: the adapters that are to be trained, where it is not the active one alone.

@@ -18,11 +18,12 @@ from starlette.requests import ClientDisconnect
 
 import infuse
 from infuse.heads import answer
-from infuse.serving import docs, schema
+from infuse.serving import docs, files, schema
 from infuse.serving.engine import Engine, Labelled
 from infuse.serving.files import Facts, valid
 from infuse.serving.guard import Guard
 from infuse.serving.logs import event
+from infuse.serving.look import apart
 from infuse.serving.refusals import RefusedError, silent, stopping
 from infuse.serving.settings import TOKEN, ServeConfig
 from infuse.serving.store import Entry
@@ -60,9 +61,11 @@ def create_app(engine: Engine, token: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        tidying = asyncio.create_task(apart(files.tidy, config.folder))  # nobody waits for a folder that hangs
         await engine.store.refresh()
         watching = asyncio.create_task(engine.watch())
         yield
+        tidying.cancel()
         watching.cancel()
         # By now all requests are answered, or were refused when their time was over: nobody waits for what is left.
         if not await asyncio.to_thread(engine.batcher.drain, 1.0):

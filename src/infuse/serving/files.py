@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from stat import S_ISREG
@@ -22,7 +23,7 @@ from infuse.formats.tensors import read_safetensors
 from infuse.heads import Head
 from infuse.method import make, spelled
 from infuse.model import detach, store_of
-from infuse.training.folders import adapter_folder
+from infuse.training.folders import ADAPTER, adapter_folder
 
 Stamp = tuple[tuple[int, int, int], ...]
 """Inode, time of change and size of an adapter's files: when these are the same, so is the content."""
@@ -101,6 +102,16 @@ def find(root: Path, name: str | None = None) -> Iterator[tuple[str, Path, Stamp
         except OSError:
             child.lstat()  # fails if it is the root that can't be entered, which tells nothing of its children
         yield child.name, folder, stamp(folder)
+
+
+def tidy(root: Path) -> None:
+    """End or undo what processes that were killed have begun to write; those that live are left alone."""
+    for child in root.iterdir():
+        for folder in (child, child / ADAPTER):
+            with suppress(InfuseError, OSError):
+                if storage.in_use(folder):
+                    with storage.writing(folder):
+                        pass
 
 
 def stamp(folder: Path) -> Stamp:
