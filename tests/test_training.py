@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -457,22 +458,17 @@ def test_a_replacement_that_is_killed_goes_on(tiny_base, toy, reference, tmp_pat
     settings = config(tiny_base, toy, tmp_path / "run")
     train(replace(settings, epochs=1, seed=1))
     old = outcome(tmp_path / "run")
-
-    def die(*args, **options):
-        raise KeyboardInterrupt
-
-    place = storage._place
+    die = Mock(side_effect=KeyboardInterrupt)
     at = {
         "training": (engine.AdapterTrainer, "_save_checkpoint", die),
         "writing": (run, "_write_curves", die),
-        "replacing": (storage, "_place", lambda *paths: (place(*paths), die())),
+        "replacing": (storage, "_place", die),
     }
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(*at[when])
         train(replace(settings, overwrite=True))
-    predictor = open_run(tmp_path / "run")
-    found = store_of(predictor.base.model)["adapter"].info["metrics"]["validation"]
-    assert found == outcome(reference if when == "replacing" else tmp_path / "run")[1]
+    read = store_of(open_run(tmp_path / "run").base.model)["adapter"].info["metrics"]["validation"]
+    assert read == (outcome(reference) if when == "replacing" else old)[1]
     if when != "replacing":
         assert same(outcome(tmp_path / "run")[0], old[0])
         with pytest.raises(InfuseError, match=r"other settings \(seed\)"):
