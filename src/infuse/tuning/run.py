@@ -95,24 +95,25 @@ def tune(config: TuneConfig, *, say: Say = lambda _: None, watch: Watch = lambda
     say(f"{len(splits.train):,} training rows, {len(splits.validation):,} to validate on, each base loaded once")
 
     settings = {**found.described(), "rows": {n: digest(getattr(splits, n))[:16] for n in ("train", "validation")}}
-    with storage.writing(folder, wait=storage.PATIENCE):  # workers share the folder
+    with storage.writing(folder, wait=storage.PATIENCE), studies.reachable():  # workers share the folder
         database = studies.open_storage(config.storage, folder, config.grace)
         study = studies.join(database, config.study or folder.name, config.seed, settings, found.defaults())
         storage.write(folder / CONFIG, as_yaml(replace(config, storage=None)))  # its URL may hold a password
     progress = _Progress(study, config, watch)
     objective = _objective(found, bases, splits, progress)
     try:
-        studies.work(
-            study, objective, trials=config.trials, seconds=config.seconds, grace=config.grace, finished=progress.ended
-        )
+        with studies.reachable():
+            studies.work(
+                study,
+                objective,
+                trials=config.trials,
+                seconds=config.seconds,
+                grace=config.grace,
+                finished=progress.ended,
+            )
     except KeyboardInterrupt:
         say(f"interrupted after {progress.done()} trials; the same command goes on with the study")
         raise
-    except studies.GONE:
-        raise InfuseError(
-            "The study's storage can't be reached any more: once it is back, the same command goes on, and the trial "
-            "that was cut short is run again."
-        ) from None
 
     best = _best(study)
     trained = config.to_train({**best.user_attrs["settings"], "base": best.user_attrs["base"]})

@@ -35,6 +35,27 @@ GONE = (StorageInternalError, OperationalError)
 _SETTINGS = "infuse"
 
 
+@contextmanager
+def reachable() -> Iterator[None]:
+    """Turn into one sentence what comes of a storage that takes no more; Optuna stumbles over that in many ways.
+
+    Raises:
+        InfuseError: the storage is gone, or its disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, GONE):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or isinstance(error, InfuseError):
+            raise
+        raise InfuseError(
+            "The study's storage can't be reached any more, or its disk is full: once it is back, the same command "
+            "goes on, and the trial that was cut short is run again."
+        ) from error
+
+
 class SurplusError(Exception):
     """A trial that two workers began at once when one was left."""
 
